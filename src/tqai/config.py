@@ -1,0 +1,146 @@
+"""`CacheConfig`: every choice a compressed cache is made with, validated once, then frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from tqai.errors import ConfigError
+
+__all__ = ["PRESETS", "CacheConfig"]
+
+STRATEGIES = ("auto", "residual", "full", "incremental")
+ROTATIONS = ("auto", "haar", "hadamard", "hadamard2")
+SCALES = ("least_squares", "norm")
+MAX_BITS = 8
+MAX_WINDOW_TOKENS = 1 << 20
+RESIDUAL_STRATEGY_TOKENS = 128
+
+PRESETS: Mapping[str, tuple[int, int]] = {
+    "K4/V2": (4, 2),
+    "K3/V2": (3, 2),
+    "K3/V3": (3, 3),
+    "K4/V3": (4, 3),
+    "K4/V4": (4, 4),
+}
+"""Preset name -> (bits_k, bits_v). The first is the default."""
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How keys and values are compressed. Immutable; `replace` from dataclasses makes variants.
+
+    Attributes:
+        bits_k: bits per key coordinate, 1 to 8.
+        bits_v: bits per value coordinate, 1 to 8.
+        sink_tokens: the first N tokens of every sequence stay exact (0 to 1048576).
+        residual_window: at least this many of the newest tokens stay exact (0 to 1048576). Whole
+            pages of 64 tokens leave the window, so between N and N+63 tokens are exact. None means
+            0, and 128 with `cache_strategy="residual"`.
+        cache_strategy: "auto" and "residual" attend on the codes (residual also keeps a larger
+            exact window), "full" decompresses everything at every step (for debugging),
+            "incremental" keeps a decompressed copy beside the codes (fast, gives up the memory).
+        codec: name of a registered codec; "scalar" is the Lloyd-Max codec of TurboQuant.
+        rotation: "haar", "hadamard" (one round, powers of two), "hadamard2" (two rounds) or "auto"
+            (hadamard2 where head_dim is a power of two, haar elsewhere).
+        scale: "least_squares" (<x,c>/<c,c>) or "norm" (as the paper has it).
+        seed: seed of the rotation, 0 to 2**63-1.
+        backend: name of a backend, or None for the best that serves the device.
+        device: where the cache lives, or None for where the keys are.
+        check_finite: True checks every key and value for NaN and inf; False never; None checks
+            where it is free, on the CPU.
+
+    Raises:
+        ConfigError: a field is out of range; the message names field, value and what is allowed.
+    """
+
+    bits_k: int = 4
+    bits_v: int = 2
+    sink_tokens: int = 0
+    residual_window: int | None = None
+    cache_strategy: str = "auto"
+    codec: str = "scalar"
+    rotation: str = "auto"
+    scale: str = "least_squares"
+    seed: int = 0
+    backend: str | None = None
+    device: str | None = None
+    check_finite: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("bits_k", self.bits_k, 1, MAX_BITS)
+        _check_int("bits_v", self.bits_v, 1, MAX_BITS)
+        _check_int("sink_tokens", self.sink_tokens, 0, MAX_WINDOW_TOKENS)
+        if self.residual_window is not None:
+            _check_int("residual_window", self.residual_window, 0, MAX_WINDOW_TOKENS)
+        _check_int("seed", self.seed, 0, 2**63 - 1)
+        _check_choice("cache_strategy", self.cache_strategy, STRATEGIES)
+        _check_choice("rotation", self.rotation, ROTATIONS)
+        _check_choice("scale", self.scale, SCALES)
+        for name in ("codec", "backend", "device"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and name != "codec"):
+                raise ConfigError(f"{name}={value!r} is not a string")
+        if self.check_finite not in (None, True, False):
+            raise ConfigError(f"check_finite={self.check_finite!r}: allowed are True, False and None")
+
+    @property
+    def window_tokens(self) -> int:
+        """Least number of newest tokens kept exact, with the default for the strategy filled in."""
+        if self.residual_window is not None:
+            return self.residual_window
+        return RESIDUAL_STRATEGY_TOKENS if self.cache_strategy == "residual" else 0
+
+    @property
+    def label(self) -> str:
+        """Short name for tables, such as 'K4/V2'."""
+        return f"K{self.bits_k}/V{self.bits_v}"
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> CacheConfig:
+        """Configuration of a preset by name ("K4/V2", also spelled "k4v2"), with fields changed.
+
+        Raises:
+            ConfigError: no such preset, or a changed field is out of range.
+        """
+        wanted = _preset_key(name) if isinstance(name, str) else ""
+        for known, (bits_k, bits_v) in PRESETS.items():
+            if _preset_key(known) == wanted:
+                return cls.from_dict({"bits_k": bits_k, "bits_v": bits_v, **changes})
+        raise ConfigError(f"preset={name!r}: allowed are {', '.join(PRESETS)}")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> CacheConfig:
+        """Configuration from a mapping, refusing names that are no fields.
+
+        Raises:
+            ConfigError: an unknown field, or a value out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"{name!r} is no setting of a cache: allowed are {', '.join(sorted(known))}")
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, fit for JSON and for `from_dict`."""
+        return asdict(self)
+
+    def with_changes(self, **changes: Any) -> CacheConfig:
+        """A copy with some fields changed, validated again."""
+        return replace(self, **changes)
+
+
+def _preset_key(name: str) -> str:
+    return name.lower().replace("/", "").replace("-", "").replace("_", "")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name}={value!r}: allowed are whole numbers from {low} to {high}")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r}: allowed are {', '.join(allowed)}")

@@ -1,0 +1,1 @@
+"""How models reach the cache: transformers, later mlx-lm and lm-eval."""
