@@ -3,3 +3,7 @@
 Everything that computes on codes elsewhere in tqai is tested against this package. It imports no
 tensor framework.
 """
+
+# Python runs this file before any module of the package, so every codec is registered whichever
+# module a caller imports first.
+from tqai.core import scalar as scalar

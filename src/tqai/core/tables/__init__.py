@@ -1,0 +1,1 @@
+"""Package data: the shipped codebooks, and (`python -m tqai.core.tables`) what writes them."""
