@@ -1,0 +1,323 @@
+"""`CompressedLayer`: the tokens of one attention layer, and what happens to them as they age.
+
+    newest tokens -> window (exact, model dtype) -> page of 64 tokens (codes) -> stays, or is dropped
+                                                                                by a sliding window
+    first tokens  -> sinks  (exact, model dtype), where `sink_tokens` asks for them
+
+The state after N tokens depends on N alone, not on how they were chunked: with S sinks and a window
+of at least W tokens, floor((N - S - W) / 64) pages are compressed (none while that is negative).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tqai.backends import Choice, load, resolve
+from tqai.backends.base import Attended, ExactTokens
+from tqai.cache.memory import MemoryReport
+from tqai.cache.pages import PagePool
+from tqai.cache.step import Step
+from tqai.cache.window import Window, joined
+from tqai.config import CacheConfig
+from tqai.core.codec import SCALE_BYTES, CodecSpec, make_codec
+from tqai.core.page import PAGE_TOKENS, PageFormat
+from tqai.errors import BackendError, ConfigError, InputError, NonFiniteError
+
+__all__ = ["CompressedLayer", "page_format_for"]
+
+logger = logging.getLogger("tqai")
+
+
+def page_format_for(config: CacheConfig, key_dim: int, value_dim: int) -> PageFormat:
+    """The page format of a configuration for these head dimensions (keys and values may differ)."""
+    shared = {"rotation": config.rotation, "scale": config.scale, "seed": config.seed}
+    return PageFormat(
+        make_codec(CodecSpec(config.codec, key_dim, config.bits_k, **shared)),
+        make_codec(CodecSpec(config.codec, value_dim, config.bits_v, **shared)),
+    )
+
+
+class CompressedLayer:
+    """Keys and values of one layer for a batch of sequences of equal length (padding included).
+
+    Attributes:
+        length: tokens seen so far, dropped ones included.
+        record_past: a sliding layer keeps everything until the next `crop` (assisted decoding).
+    """
+
+    def __init__(self, config: CacheConfig, layer: int = 0, sliding_window: int | None = None) -> None:
+        self.config = config
+        self.layer = layer
+        self.sliding_window = sliding_window
+        self.record_past = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every token and release the memory."""
+        self.length = 0
+        self.sinks: ExactTokens | None = None
+        self.window: Window | None = None
+        self.pool: PagePool | None = None
+        self._choice: Choice | None = None
+        self._decoded: ExactTokens | None = None
+
+    @property
+    def sink_tokens(self) -> int:
+        """Sinks that this layer keeps. A sliding layer keeps none: they would soon be out of sight."""
+        return 0 if self.sliding_window is not None else self.config.sink_tokens
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens held per sequence: `length` less what a sliding window has dropped."""
+        if self.window is None or self.pool is None:
+            return 0
+        sinks = self.sinks.keys.shape[2] if self.sinks is not None else 0
+        return int(sinks) + self.pool.pages * PAGE_TOKENS + len(self.window)
+
+    def prepare(self, keys: Tensor, values: Tensor) -> None:
+        """Fix shapes, dtype, device, codecs and backend from the first keys and values.
+
+        Raises:
+            ConfigError: the configuration does not fit them.
+            UnsupportedError: no backend serves them.
+        """
+        wanted = self.config.device
+        if wanted is not None and torch.device(wanted).type != keys.device.type:
+            raise ConfigError(f"device={wanted!r}: the model computes its keys on {str(keys.device)!r}")
+        page_format = page_format_for(self.config, keys.shape[3], values.shape[3])
+        dtype = str(keys.dtype).removeprefix("torch.")
+        self._choice = resolve(page_format, keys.device.type, dtype, self.config.backend)
+        self.pool = PagePool(page_format, keys.shape[0], keys.shape[1], keys.device)
+        self.window = Window(keys, values, self.config.window_tokens + PAGE_TOKENS)
+
+    def append(self, keys: Tensor, values: Tensor) -> Step:
+        """Take new tokens in, `[batch, kv_heads, new_tokens, head_dim]`; returns what they may attend to.
+
+        Raises:
+            InputError: shapes or dtypes differ from each other or from the tokens held.
+            NonFiniteError: NaN or inf, where `check_finite` says to look. Nothing is changed then.
+        """
+        self._check(keys, values)
+        if self.window is None or self.pool is None:
+            self.prepare(keys, values)
+        assert self.window is not None and self.pool is not None
+        pages = self.pool.pages
+        history_from = self._out_of_sight(self.length) - (self.length - self.held_tokens)
+        history = None
+        if pages * PAGE_TOKENS > history_from:
+            history = self.pool.history(*divmod(history_from, PAGE_TOKENS))
+        fits = self.window.append(keys, values)
+        recent = self.window.tokens if fits else joined(self.window.tokens, ExactTokens(keys, values))
+        trimmed = max(history_from - pages * PAGE_TOKENS, 0)
+        in_sight = ExactTokens(recent.keys[:, :, trimmed:], recent.values[:, :, trimmed:]) if trimmed else recent
+        step = Step(self.backend, self.sinks, history, in_sight, keys.shape[2])
+        self.length += keys.shape[2]
+        self._settle(recent, fits)
+        return step
+
+    def attend(
+        self, step: Step, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
+    ) -> Attended:
+        """Attention of `query` over a step of this layer; see `Backend.attend`.
+
+        A backend that fails at run time is replaced, once and with a warning, by the torch backend;
+        the codes are kept.
+        """
+        if step.history is None:
+            from tqai.backends.torch_ops.attention import attend
+
+            return attend(query, None, step.sinks, step.recent, mask, scaling, softcap)
+        arguments = (query, step.history, step.sinks, step.recent, mask, scaling, softcap)
+        try:
+            return self.backend.attend(*arguments)
+        except BackendError as error:
+            self._fall_back(error)
+            return self.backend.attend(*arguments)
+
+    def materialize(self, step: Step) -> ExactTokens:
+        """Keys and values of a step, decompressed; "incremental" keeps the history's copy for the next."""
+        if self.config.cache_strategy != "incremental" or step.history is None or step.history.first_token:
+            return step.materialize()
+        known = 0 if self._decoded is None else self._decoded.keys.shape[2] // PAGE_TOKENS
+        if known < step.history.pages:
+            fresh = step.decode_history(replace(step.history, table=step.history.table[:, known:]))
+            self._decoded = fresh if self._decoded is None else joined(self._decoded, fresh)
+        return step.materialize(self._decoded)
+
+    def view(self) -> Step | None:
+        """Everything held, as a step without own tokens; None before the first token."""
+        if self.window is None or self.pool is None:
+            return None
+        history = self.pool.history() if self.pool.pages else None
+        return Step(self.backend, self.sinks, history, self.window.tokens, 0)
+
+    def crop(self, count: int) -> None:
+        """Take the `count` newest tokens back. A page cut in two is decompressed into the window.
+
+        Raises:
+            InputError: more tokens than are held, or a sliding window has dropped what would be needed.
+        """
+        if self.window is None or self.pool is None:
+            if count:
+                raise InputError(f"cannot take {count} tokens back from an empty layer {self.layer}")
+            return
+        dropped = self.length - self.held_tokens
+        if not 0 <= count <= self.length or self._out_of_sight(self.length - count) < dropped:
+            raise InputError(
+                f"cannot take {count} tokens back: layer {self.layer} has seen {self.length} and its "
+                f"sliding window has dropped {dropped}; call activate_past_recording() before such steps"
+            )
+        self.length -= count
+        from_window = min(count, len(self.window))
+        self.window.drop_newest(from_window)
+        count -= from_window
+        if count:
+            self._decoded = None
+            kept = self.pool.pages * PAGE_TOKENS - count
+            if kept >= 0:
+                pages, rest = divmod(kept, PAGE_TOKENS)
+                if rest:
+                    raw = self.pool.page(pages)
+                    keys, values = self.backend.decode(raw, self.pool.page_format, self.window.keys.dtype)
+                    self.window.replace(keys[:, :, :rest], values[:, :, :rest])
+                self.pool.keep(0, pages)
+            else:
+                self.pool.keep(0, 0)
+                assert self.sinks is not None
+                left = self.sinks.keys.shape[2] + kept
+                self.sinks = ExactTokens(self.sinks.keys[:, :, :left], self.sinks.values[:, :, :left])
+                self.sinks = self.sinks if left else None
+        self._drop_out_of_sight(force=True)
+
+    def select(self, rows: Tensor) -> None:
+        """Make sequence `rows[i]` (int64) the new sequence i: reorder, repeat or leave out."""
+        if self.window is None or self.pool is None:
+            return
+        rows = rows.to(self.window.keys.device)
+        self.window.select(rows)
+        self.pool.select(rows.cpu().numpy())
+        if self.sinks is not None:
+            self.sinks = ExactTokens(*(part.index_select(0, rows) for part in self.sinks))
+        self._decoded = None
+
+    @property
+    def backend(self):  # type: ignore[no-untyped-def]
+        """The backend in use."""
+        assert self._choice is not None
+        return self._choice.backend
+
+    def memory(self) -> MemoryReport:
+        """Bytes that this layer holds."""
+        if self.window is None or self.pool is None or self._choice is None:
+            return MemoryReport()
+        page_format, pool = self.pool.page_format, self.pool
+        heads, batch = pool.kv_heads, pool.table.shape[0]
+        row_bytes = page_format.key.row_bytes + page_format.value.row_bytes
+        codes_bytes = pool.used * heads * PAGE_TOKENS * row_bytes
+        scales_bytes = pool.used * heads * PAGE_TOKENS * 2 * SCALE_BYTES
+        slabs_bytes = pool.capacity * heads * page_format.page_bytes
+        exact = [self.window.keys, self.window.values, *(self.sinks or ())]
+        dims = page_format.key.spec.head_dim + page_format.value.spec.head_dim
+        return MemoryReport(
+            tokens=self.held_tokens,
+            values=batch * heads * self.held_tokens * dims,
+            codes_bytes=codes_bytes,
+            scales_bytes=scales_bytes,
+            window_bytes=sum(tensor.nbytes for tensor in exact),
+            table_bytes=pool.table_bytes,
+            slack_bytes=slabs_bytes - codes_bytes - scales_bytes,
+            copy_bytes=sum(part.nbytes for part in self._decoded or ()),
+            backend=self.backend.name,
+            backend_reason=self._choice.reason,
+        )
+
+    def _out_of_sight(self, length: int) -> int:
+        """How many of the first `length` tokens a next query cannot see."""
+        return 0 if self.sliding_window is None else max(length - self.sliding_window + 1, 0)
+
+    def _settle(self, recent: ExactTokens, in_window: bool) -> None:
+        """Move tokens from `recent` (window and new ones) to sinks and pages; keep the rest exact."""
+        assert self.window is not None and self.pool is not None
+        count, spent = recent.keys.shape[2], 0
+        have = 0 if self.sinks is None else self.sinks.keys.shape[2]
+        if have < self.sink_tokens and not self.pool.pages:
+            spent = min(self.sink_tokens - have, count)
+            fresh = ExactTokens(*(part[:, :, :spent].clone() for part in recent))
+            self.sinks = fresh if self.sinks is None else joined(self.sinks, fresh)
+        pages = max(count - spent - self.config.window_tokens, 0) // PAGE_TOKENS
+        if not self.record_past:
+            unseen = self._out_of_sight(self.length) - (self.length - (count - spent))
+            dead = min(max(unseen, 0) // PAGE_TOKENS, pages)
+            if dead:
+                self.pool.keep(self.pool.pages, self.pool.pages)
+                spent, pages = spent + dead * PAGE_TOKENS, pages - dead
+        if pages:
+            stop = spent + pages * PAGE_TOKENS
+            self._compress(recent.keys[:, :, spent:stop], recent.values[:, :, spent:stop], pages)
+            spent = stop
+        if in_window:
+            self.window.drop_oldest(spent)
+        else:
+            self.window.replace(recent.keys[:, :, spent:], recent.values[:, :, spent:])
+        self._drop_out_of_sight(force=False)
+
+    def _compress(self, keys: Tensor, values: Tensor, pages: int) -> None:
+        assert self.pool is not None
+        ids, buffer = self.pool.append(pages)
+
+        def by_page(tokens: Tensor) -> Tensor:
+            return tokens.unflatten(2, (pages, PAGE_TOKENS)).transpose(1, 2).flatten(0, 1)
+
+        try:
+            self.backend.encode(by_page(keys), by_page(values), self.pool.page_format, buffer)
+        except BackendError as error:
+            self._fall_back(error)
+            self.backend.encode(by_page(keys), by_page(values), self.pool.page_format, buffer)
+        self.pool.commit(ids, buffer)
+
+    def _drop_out_of_sight(self, force: bool) -> None:
+        if self.sliding_window is None or (self.record_past and not force):
+            return
+        assert self.pool is not None
+        unseen = self._out_of_sight(self.length) - (self.length - self.held_tokens)
+        self.pool.keep(min(unseen // PAGE_TOKENS, self.pool.pages), self.pool.pages)
+        self._decoded = None
+
+    def _fall_back(self, error: BackendError) -> None:
+        assert self._choice is not None and self.pool is not None
+        failed, torch_backend = self._choice.backend, load("torch")
+        if failed is torch_backend:
+            raise error
+        logger.warning("backend %s failed (%s); layer %d goes on with torch", failed.name, error, self.layer)
+        self.pool.convert(failed, torch_backend)
+        self._choice = Choice(torch_backend, f"{failed.name} failed: {error}")
+
+    def _check(self, keys: Tensor, values: Tensor) -> None:
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+            raise InputError(
+                f"keys {list(keys.shape)} and values {list(values.shape)}: expected "
+                "[batch, kv_heads, tokens, head_dim], alike but for head_dim"
+            )
+        if not keys.is_floating_point() or keys.dtype != values.dtype:
+            raise InputError(f"keys {keys.dtype} and values {values.dtype}: expected one floating dtype")
+        if self.window is not None:
+            for name, new, held in (("keys", keys, self.window.keys), ("values", values, self.window.values)):
+                if new.shape[:2] != held.shape[:2] or new.shape[3] != held.shape[3] or new.dtype != held.dtype:
+                    raise InputError(
+                        f"{name} {list(new.shape)} {new.dtype} do not continue layer {self.layer}, which holds "
+                        f"[{held.shape[0]}, {held.shape[1]}, tokens, {held.shape[3]}] {held.dtype}"
+                    )
+        look = self.config.check_finite
+        if look or (look is None and keys.device.type == "cpu"):
+            for name, new in (("keys", keys), ("values", values)):
+                finite = torch.isfinite(new)
+                if not finite.all():
+                    bad = int((~finite).any(-1).any(1).any(0).nonzero()[0])
+                    raise NonFiniteError(
+                        f"{name} of layer {self.layer} hold NaN or inf at token {self.length + bad}; "
+                        "check_finite=False lets them pass and keeps them in their own token"
+                    )

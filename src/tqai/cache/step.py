@@ -1,0 +1,71 @@
+"""`Step`: what one attention step of one layer reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tqai.backends.base import Backend, ExactTokens, History
+from tqai.cache.window import joined
+
+__all__ = ["Step"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The tokens in sight of a step, in order: sinks, compressed history, recent exact tokens.
+
+    It describes the layer as it was when the step's own tokens arrived: `recent` ends with them,
+    uncompressed, even if the layer has put them into pages since.
+    """
+
+    backend: Backend
+    sinks: ExactTokens | None
+    history: History | None
+    recent: ExactTokens
+    new_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in sight per sequence."""
+        exact = self.recent.keys.shape[2] + (self.sinks.keys.shape[2] if self.sinks is not None else 0)
+        return int(exact) + (self.history.tokens if self.history is not None else 0)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the step's own tokens are all that is in sight, so that nothing was ever compressed."""
+        return self.history is None and self.sinks is None
+
+    def materialize(self, decoded: ExactTokens | None = None) -> ExactTokens:
+        """All keys and values in sight, `[batch, kv_heads, tokens, head_dim]`, in the model's dtype.
+
+        `decoded` may bring the history already decompressed. The result is transient: the cache
+        keeps none of it.
+        """
+        tokens = self.recent
+        if self.history is not None:
+            if decoded is None:
+                decoded = self.decode_history(self.history)
+            tokens = joined(decoded, tokens)
+        return tokens if self.sinks is None else joined(self.sinks, tokens)
+
+    def decode_history(self, history: History) -> ExactTokens:
+        """The compressed tokens of `history`, decompressed, in the dtype of the recent ones."""
+        rows = []
+        for ids in torch.from_numpy(history.table).to(self.recent.keys.device).long():
+            raw = pages_by_id(history, ids)
+            keys, values = self.backend.decode(raw, history.page_format, self.recent.keys.dtype)
+            rows.append([part.transpose(0, 1).flatten(1, 2)[:, history.first_token :] for part in (keys, values)])
+        return ExactTokens(torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows]))
+
+
+def pages_by_id(history: History, ids: Tensor) -> Tensor:
+    """Raw pages `ids` (int64, on the device), uint8 `[pages, kv_heads, page_bytes]`, a copy."""
+    first = history.slabs[0]
+    out = first.new_empty((ids.numel(), *first.shape[1:]))
+    for slab, at in zip(history.slabs, history.slab_starts, strict=True):
+        inside = (ids >= at) & (ids < at + slab.shape[0])
+        out[inside] = slab[ids[inside] - at]
+    return out

@@ -1,0 +1,87 @@
+"""The exact newest tokens of one layer, in a buffer of fixed size.
+
+    keys, values  [batch, kv_heads, capacity, head_dim]
+                  | spent | tokens in the window | room |
+                          ^ start                ^ stop
+
+Tokens enter at `stop`. When pages are compressed the oldest tokens are spent: `start` moves on, and
+the rest moves to the front only when room is needed, so a view of the window taken in one step stays
+true until the next.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tqai.backends.base import ExactTokens
+
+__all__ = ["Window", "joined"]
+
+
+class Window:
+    """At most `capacity` exact tokens of every sequence."""
+
+    def __init__(self, keys: Tensor, values: Tensor, capacity: int) -> None:
+        """An empty window for tokens like `keys` and `values` `[batch, kv_heads, any, head_dim]`."""
+        self.capacity = capacity
+        self.keys = keys.new_empty((*keys.shape[:2], capacity, keys.shape[3]))
+        self.values = values.new_empty((*values.shape[:2], capacity, values.shape[3]))
+        self.start = 0
+        self.stop = 0
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def tokens(self) -> ExactTokens:
+        """The tokens in the window, oldest first: views, true until the next call that changes it."""
+        return ExactTokens(self.keys[:, :, self.start : self.stop], self.values[:, :, self.start : self.stop])
+
+    def append(self, keys: Tensor, values: Tensor) -> bool:
+        """Add tokens if they fit; False, with nothing changed, if they do not."""
+        count = keys.shape[2]
+        if len(self) + count > self.capacity:
+            return False
+        if self.stop + count > self.capacity:
+            self._move_to_front()
+        self.keys[:, :, self.stop : self.stop + count] = keys
+        self.values[:, :, self.stop : self.stop + count] = values
+        self.stop += count
+        return True
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Hold these tokens (at most `capacity`) and no others."""
+        self.start = self.stop = 0
+        if not self.append(keys, values):
+            raise ValueError(f"{keys.shape[2]} tokens do not fit a window of {self.capacity}")
+
+    def drop_oldest(self, count: int) -> None:
+        """Spend the `count` oldest tokens."""
+        self.start += count
+
+    def drop_newest(self, count: int) -> None:
+        """Take the `count` newest tokens back."""
+        self.stop -= count
+
+    def select(self, rows: Tensor) -> None:
+        """Make sequence `rows[i]` the new sequence i."""
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+    def _move_to_front(self) -> None:
+        held = len(self)
+        if held and self.start:
+            keys, values = self.tokens
+            # source and target may overlap
+            self.keys[:, :, :held] = keys.clone()
+            self.values[:, :, :held] = values.clone()
+        self.start, self.stop = 0, held
+
+
+def joined(first: ExactTokens, second: ExactTokens) -> ExactTokens:
+    """Tokens of `first`, then of `second`; `second` itself where `first` is empty."""
+    if first.keys.shape[2] == 0:
+        return second
+    return ExactTokens(
+        torch.cat([first.keys, second.keys], dim=2), torch.cat([first.values, second.values], dim=2)
+    )

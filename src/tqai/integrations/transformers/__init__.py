@@ -1,0 +1,13 @@
+"""transformers: `patch`, `unpatch` and `TurboQuantCache`, through its public extension points only.
+
+    cache.py      the cache object and its bookkeeping (memory, save, load)
+    layers.py     our layers in place of transformers' dynamic ones
+    handles.py    what `update` returns instead of tensors, so that nothing is decompressed
+    attention.py  the registered attention and mask functions, which read the handles
+    patching.py   patch and unpatch
+"""
+
+from tqai.integrations.transformers.cache import TurboQuantCache
+from tqai.integrations.transformers.patching import patch, unpatch
+
+__all__ = ["TurboQuantCache", "patch", "unpatch"]

@@ -1,0 +1,131 @@
+"""`TurboQuantCache`: a transformers cache whose attention layers are compressed."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache
+
+from tqai.cache.memory import MemoryReport
+from tqai.config import CacheConfig
+from tqai.errors import ConfigError, UnsupportedError
+from tqai.integrations.transformers.layers import TurboQuantLayer, compressed_form
+
+__all__ = ["TurboQuantCache"]
+
+
+class TurboQuantCache(DynamicCache):
+    """A compressed key-value cache, passed to a model as `past_key_values`.
+
+    Constructed with the model, attention is computed on the codes (the model's attention
+    implementation becomes "tqai", which serves every other cache as before; `tqai.unpatch(model)`
+    undoes it). Constructed with the model's config or with nothing, it works with any attention
+    implementation by decompressing one layer at a time, for the duration of that layer.
+
+        cache = TurboQuantCache(model, bits=4)
+        out = model.generate(**inputs, past_key_values=cache)
+        print(cache.memory().bits_per_value)
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        bits: int | None = None,
+        *,
+        config: CacheConfig | str | None = None,
+        offloading: bool = False,
+        **settings: Any,
+    ) -> None:
+        """
+        Args:
+            model: a transformers model, its config, or None.
+            bits: bits for keys and values alike; `bits_k` and `bits_v` set them apart.
+            config: a `CacheConfig` or the name of a preset; further settings change its fields.
+            offloading: not supported; only there to be refused with a reason.
+            settings: fields of `CacheConfig`.
+
+        Raises:
+            ConfigError: a setting is out of range, or contradicts another.
+            UnsupportedError: offloading, or an encoder-decoder model.
+        """
+        if offloading:
+            raise UnsupportedError(
+                "offloading=True: a compressed cache is not offloaded; allowed is False. It is already a "
+                "fraction of the size; use fewer bits, or transformers' own offloaded DynamicCache"
+            )
+        self.settings = _settings(bits, config, settings)
+        model_config = model if model is None or isinstance(model, PreTrainedConfig) else _config_of(model)
+        if model_config is not None and getattr(model_config, "is_encoder_decoder", False):
+            raise UnsupportedError("encoder-decoder models are not supported; allowed are decoder-only models")
+        self.on_codes = False
+        if model is not None and model is not model_config:
+            from tqai.integrations.transformers.patching import attend_on_codes
+
+            self.on_codes = attend_on_codes(model)
+        super().__init__(config=model_config)
+        if self.layer_class_to_replicate is not None:
+            self.layer_class_to_replicate = self._next_layer
+        self.layers = [
+            compressed_form(layer, self.settings, index, self.on_codes) for index, layer in enumerate(self.layers)
+        ]
+
+    def memory(self) -> MemoryReport:
+        """Bytes held and bits per value, all layers added up; see `MemoryReport`."""
+        reports = []
+        for layer in self.layers:
+            if hasattr(layer, "store"):
+                reports.append(layer.memory())
+            reports.append(MemoryReport(other_bytes=_state_bytes(layer)))
+        return MemoryReport.sum(reports)
+
+    def save(self, path: str | PathLike[str], model: Any = None) -> None:
+        """Write the cache to a safetensors file; see `tqai.cache.storage`."""
+        from tqai.integrations.transformers.saving import save
+
+        save(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: Any = None) -> TurboQuantCache:
+        """Read a cache that `save` wrote; see `tqai.cache.storage` for what is refused, and how."""
+        from tqai.integrations.transformers.saving import load
+
+        return load(cls, path, model)
+
+    def _next_layer(self) -> TurboQuantLayer:
+        return TurboQuantLayer(self.settings, len(self.layers), self.on_codes)
+
+
+def _settings(bits: int | None, config: CacheConfig | str | None, changes: dict[str, Any]) -> CacheConfig:
+    if bits is not None:
+        if "bits_k" in changes or "bits_v" in changes or config is not None:
+            raise ConfigError(f"bits={bits!r} sets bits_k and bits_v: give either it or them (or config)")
+        changes = {**changes, "bits_k": bits, "bits_v": bits}
+    if config is None:
+        return CacheConfig.from_dict(changes)
+    if isinstance(config, str):
+        return CacheConfig.preset(config, **changes)
+    if isinstance(config, CacheConfig):
+        return CacheConfig.from_dict({**config.to_dict(), **changes})
+    raise ConfigError(f"config={config!r}: allowed are a CacheConfig, the name of a preset and None")
+
+
+def _config_of(model: Any) -> PreTrainedConfig:
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise ConfigError(
+            f"model={type(model).__name__}: allowed are a transformers model, its config and None"
+        )
+    return config
+
+
+def _state_bytes(layer: Any) -> int:
+    """Bytes of recurrent and convolution states, and of layers that are not compressed."""
+    tensors = []
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name, None) or {}
+        tensors += list(states.values()) if isinstance(states, dict) else list(states)
+    if not hasattr(layer, "store"):
+        tensors += [getattr(layer, "keys", None), getattr(layer, "values", None)]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
