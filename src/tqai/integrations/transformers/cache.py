@@ -12,6 +12,7 @@ from tqai.cache.memory import MemoryReport
 from tqai.config import CacheConfig
 from tqai.errors import ConfigError, UnsupportedError
 from tqai.integrations.transformers.layers import TurboQuantLayer, compressed_form
+from tqai.integrations.transformers.saving import fingerprint, load, save
 
 __all__ = ["TurboQuantCache"]
 
@@ -64,6 +65,7 @@ class TurboQuantCache(DynamicCache):
             from tqai.integrations.transformers.patching import attend_on_codes
 
             self.on_codes = attend_on_codes(model)
+        self.made_for = None if model is None else fingerprint(model)
         super().__init__(config=model_config)
         if self.layer_class_to_replicate is not None:
             self.layer_class_to_replicate = self._next_layer
@@ -82,15 +84,11 @@ class TurboQuantCache(DynamicCache):
 
     def save(self, path: str | PathLike[str], model: Any = None) -> None:
         """Write the cache to a safetensors file; see `tqai.cache.storage`."""
-        from tqai.integrations.transformers.saving import save
-
         save(self, path, model)
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: Any = None) -> TurboQuantCache:
         """Read a cache that `save` wrote; see `tqai.cache.storage` for what is refused, and how."""
-        from tqai.integrations.transformers.saving import load
-
         return load(cls, path, model)
 
     def _next_layer(self) -> TurboQuantLayer:
