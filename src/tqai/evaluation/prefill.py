@@ -1,0 +1,48 @@
+"""Filling several caches with the same prompt at the price of one forward pass.
+
+Every cache here attends to the raw keys and values while an empty cache is filled, so what enters it
+does not depend on what it is. One pass over an uncompressed cache therefore yields the keys and values
+for all: each layer's go into each cache through its own `update`, exactly as the model would call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tqai.evaluation.chunked import run_tokens
+
+__all__ = ["fill_from", "prefill_caches"]
+
+
+def prefill_caches(model: Any, input_ids: Tensor, makers: Sequence[Callable[[], Any]]) -> list[Any]:
+    """A new cache of each maker, filled with `input_ids` `[batch, tokens]`.
+
+    One forward pass serves all where every layer of the model is full attention; otherwise each cache
+    gets a pass of its own. With no tokens the caches stay empty.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    caches = [make() for make in makers]
+    if not input_ids.shape[1]:
+        return caches
+    source = DynamicCache(config=model.config)
+    if any(type(layer) is not DynamicLayer for layer in source.layers):
+        for cache in caches:
+            run_tokens(model, input_ids, cache, last_only=True)
+        return caches
+    run_tokens(model, input_ids, source, last_only=True)
+    for cache in caches:
+        fill_from(source, cache)
+    return caches
+
+
+def fill_from(source: Any, target: Any) -> None:
+    """Put all tokens of `source`, a `DynamicCache` of full-attention layers, into the empty `target`."""
+    with torch.inference_mode():
+        for index, layer in enumerate(source.layers):
+            target.update(layer.keys, layer.values, index)
