@@ -1,0 +1,171 @@
+"""Loading a model for a command: the embedded one, a local folder, or a name on the hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqai.cli.report import CommandError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["WRONG_USAGE", "LoadedModel", "find_device", "load_model"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+WRONG_USAGE = 2
+HUB_TIMEOUT_SECONDS = 10
+NEEDS_TORCH = "this command needs torch and transformers: pip install 'tqai[torch]'"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer.
+
+    Attributes:
+        name: what to call it in output.
+        embedded: it is the model inside the package.
+        model: a transformers causal language model, in eval mode, on its device.
+        tokenizer: its tokenizer.
+    """
+
+    name: str
+    embedded: bool
+    model: Any
+    tokenizer: Any
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Tokens that the model's positions reach, None if it does not say."""
+        text_config = self.model.config.get_text_config(decoder=True)
+        return getattr(text_config, "max_position_embeddings", None)
+
+
+def load_model(name: str | None, device: str | None, dtype: str | None) -> LoadedModel:
+    """The model of that name (None: the embedded one), on `device` (None: a GPU if there is one).
+
+    Raises:
+        CommandError: torch or transformers are not installed; no such model; the hub is out of reach;
+            no such device or dtype.
+    """
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        raise CommandError(NEEDS_TORCH)
+    import torch
+
+    where = find_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise CommandError(f"--dtype {dtype}: allowed are {', '.join(DTYPES)}", WRONG_USAGE)
+    wanted = None if dtype is None else getattr(torch, dtype)
+    _quiet_transformers()
+    if name is None:
+        return _load_embedded(wanted, where)
+    return _load_named(name, wanted, where)
+
+
+def _load_embedded(dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
+    from tqai import demo
+
+    if not (demo.model_path() / "config.json").is_file():
+        raise CommandError(f"the embedded model is missing from this installation ({demo.model_path()})")
+    model, tokenizer = demo.load(dtype, device)
+    return LoadedModel("embedded model", True, model, tokenizer)
+
+
+def _load_named(name: str, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    local = Path(name).expanduser()
+    source = str(local) if local.is_dir() else name
+    if local.is_dir():
+        _check_folder(local)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise CommandError(f"model {name}: no such folder")
+    else:
+        _check_hub(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local.is_dir())
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto" if dtype is None else dtype, local_files_only=local.is_dir()
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CommandError(f"model {name}: {str(error).strip().partition(chr(10))[0]}") from error
+    return LoadedModel(name, False, model.to(device).eval(), tokenizer)
+
+
+def _check_folder(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise CommandError(
+            f"model {folder}: the folder has no config.json, so it holds no transformers model"
+        )
+    try:
+        json.loads(config.read_text("utf-8"))
+    except ValueError as error:
+        raise CommandError(f"model {folder}: config.json is no JSON ({error})") from error
+
+
+def _check_hub(name: str) -> None:
+    """Fail at once, with the reason, where loading would retry for half a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    except HFValidationError as error:
+        raise CommandError(f"model {name}: neither a folder nor a hub name such as owner/name") from error
+    except GatedRepoError as error:
+        raise CommandError(f"model {name}: the hub asks for a login that may read it") from error
+    except RepositoryNotFoundError as error:
+        raise CommandError(f"model {name}: no local folder, and the hub has no model of that name") from error
+    except OfflineModeIsEnabled as error:
+        raise CommandError(
+            f"model {name}: no local folder, not downloaded, and HF_HUB_OFFLINE is set"
+        ) from error
+    except Exception as error:
+        raise CommandError(
+            f"model {name}: no local folder, not downloaded, and the hub cannot be reached ({error})"
+        ) from error
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, checked; None: a GPU if there is one.
+
+    Raises:
+        CommandError: torch is not installed, or there is no such device.
+    """
+    if find_spec("torch") is None:
+        raise CommandError(NEEDS_TORCH)
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"--device {name}: {str(error).partition(chr(10))[0]}", WRONG_USAGE) from error
+    if device.type == "meta":
+        raise CommandError("--device meta: holds no numbers", WRONG_USAGE)
+    return device
+
+
+def _quiet_transformers() -> None:
+    import logging
+    import sys
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
