@@ -62,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("TQAI_DEBUG", "0") not in ("", "0"):
             raise
         return _fail(_one_line(error), _exit_code(error))
+    if status == INTERRUPTED:  # typer has turned the interrupt into a status
+        return _fail("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 

@@ -53,16 +53,17 @@ def load_model(name: str | None, device: str | None, dtype: str | None) -> Loade
     """
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise CommandError(NEEDS_TORCH)
-    import torch
-
-    where = find_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise CommandError(f"--dtype {dtype}: allowed are {', '.join(DTYPES)}", WRONG_USAGE)
+    source = None if name is None else _source(name)
+    where = find_device(device)
+    import torch
+
     wanted = None if dtype is None else getattr(torch, dtype)
     _quiet_transformers()
-    if name is None:
+    if name is None or source is None:
         return _load_embedded(wanted, where)
-    return _load_named(name, wanted, where)
+    return _load_named(name, source, wanted, where)
 
 
 def _load_embedded(dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
@@ -74,24 +75,32 @@ def _load_embedded(dtype: torch.dtype | None, device: torch.device) -> LoadedMod
     return LoadedModel("embedded model", True, model, tokenizer)
 
 
-def _load_named(name: str, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def _source(name: str) -> tuple[str, bool]:
+    """The folder or hub name that `name` means, and whether to read local files only. Checked before
+    anything heavy is loaded."""
     local = Path(name).expanduser()
-    source = str(local) if local.is_dir() else name
     if local.is_dir():
         _check_folder(local)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return str(local), True
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise CommandError(f"model {name}: no such folder")
-    else:
-        _check_hub(name)
+    return name, not _hub_has(name)
+
+
+def _load_named(
+    name: str, source: tuple[str, bool], dtype: torch.dtype | None, device: torch.device
+) -> LoadedModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, local = source
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local.is_dir())
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local)
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto" if dtype is None else dtype, local_files_only=local.is_dir()
+            path, dtype="auto" if dtype is None else dtype, local_files_only=local
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise CommandError(f"model {name}: {str(error).strip().partition(chr(10))[0]}") from error
+    except Exception as error:  # a damaged or foreign folder fails in any of a dozen ways
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CommandError(f"model {name}: {reason}") from error
     return LoadedModel(name, False, model.to(device).eval(), tokenizer)
 
 
@@ -107,34 +116,35 @@ def _check_folder(folder: Path) -> None:
         raise CommandError(f"model {folder}: config.json is no JSON ({error})") from error
 
 
-def _check_hub(name: str) -> None:
-    """Fail at once, with the reason, where loading would retry for half a minute."""
+def _hub_has(name: str) -> bool:
+    """True if the hub has the model, False if it cannot say but the model was downloaded before.
+
+    Asked first, because loading would retry for half a minute where there is no network.
+
+    Raises:
+        CommandError: neither.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return
-        HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+        downloaded = isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError as error:
         raise CommandError(f"model {name}: neither a folder nor a hub name such as owner/name") from error
-    except GatedRepoError as error:
-        raise CommandError(f"model {name}: the hub asks for a login that may read it") from error
-    except RepositoryNotFoundError as error:
-        raise CommandError(f"model {name}: no local folder, and the hub has no model of that name") from error
-    except OfflineModeIsEnabled as error:
-        raise CommandError(
-            f"model {name}: no local folder, not downloaded, and HF_HUB_OFFLINE is set"
-        ) from error
-    except Exception as error:
-        raise CommandError(
-            f"model {name}: no local folder, not downloaded, and the hub cannot be reached ({error})"
-        ) from error
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception as error:  # of the HTTP client, whichever it is
+        if downloaded:
+            return False
+        if isinstance(error, GatedRepoError):
+            reason = "the hub asks for a login that may read it"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "no local folder, and the hub has no model of that name"
+        else:
+            why = str(error).partition("\n")[0]
+            reason = f"no local folder, not downloaded, and the hub cannot be reached ({why})"
+        raise CommandError(f"model {name}: {reason}") from error
+    return True
 
 
 def find_device(name: str | None) -> torch.device:
