@@ -42,7 +42,7 @@ class Codebook:
     mse_per_unit_vector: float
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)  # typed, as 64.0 == 64 and True == 1 must reach the check
 def codebook(head_dim: int, bits: int) -> Codebook:
     """The codebook of `head_dim` >= 1 coordinates and `bits` 1 to 8: shipped table or solved, then cached.
 

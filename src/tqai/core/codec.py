@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -48,6 +49,9 @@ class CodecSpec:
         rotation: "haar", "hadamard", "hadamard2" or "auto" (see `core.rotation.resolve`).
         scale: "least_squares" or "norm".
         seed: seed of the rotation.
+
+    Raises:
+        ConfigError: head_dim, bits or seed is no whole number.
     """
 
     name: str
@@ -56,6 +60,14 @@ class CodecSpec:
     rotation: str = "auto"
     scale: str = "least_squares"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        # Here and not in the codecs, as make_codec would take 2.0 or True for an equal spec it has seen.
+        for name in ("head_dim", "bits", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ConfigError(f"{name}={value!r}: a whole number is wanted")
+            object.__setattr__(self, name, index(value))
 
 
 class Codec(Protocol):

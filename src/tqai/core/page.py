@@ -85,7 +85,7 @@ def pages_to_bytes(pages: CanonicalPages, page_format: PageFormat) -> NDArray[np
         (page_format.value_codes_at, pages.value, page_format.value_scales_at),
     )
     for codes_at, part, scales_at in parts:
-        codes = part.codes.reshape(*lead, -1)
+        codes = part.codes.reshape(*lead, PAGE_TOKENS * part.codes.shape[-1])
         out[..., codes_at : codes_at + codes.shape[-1]] = codes
         scales = np.ascontiguousarray(part.scales.astype("<u2")).view(np.uint8)
         out[..., scales_at : scales_at + scales.shape[-1]] = scales

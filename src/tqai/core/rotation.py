@@ -26,6 +26,7 @@ from tqai.config import ROTATIONS
 from tqai.errors import ConfigError
 
 __all__ = [
+    "checked_seed",
     "fast_hadamard",
     "gaussians",
     "hadamard_signs",
@@ -78,7 +79,7 @@ def rotation_matrix(kind: str, head_dim: int, seed: int) -> NDArray[np.float64]:
     Raises:
         ConfigError: as `resolve`, or a seed outside 0 to 2**63 - 1.
     """
-    return _matrix(resolve(kind, head_dim), int(head_dim), _checked_seed(seed))
+    return _matrix(resolve(kind, head_dim), int(head_dim), checked_seed(seed))
 
 
 def hadamard_signs(kind: str, head_dim: int, seed: int) -> NDArray[np.int8]:
@@ -92,7 +93,7 @@ def hadamard_signs(kind: str, head_dim: int, seed: int) -> NDArray[np.int8]:
     resolved = resolve(kind, head_dim)
     if resolved not in HADAMARD_ROUNDS:
         raise ConfigError(f"rotation={kind!r} with head_dim={head_dim} has no signs: it is no Hadamard kind")
-    return _signs(resolved, int(head_dim), _checked_seed(seed))
+    return _signs(resolved, int(head_dim), checked_seed(seed))
 
 
 def fast_hadamard(rows: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -195,7 +196,7 @@ def _signs(kind: str, dim: int, seed: int) -> NDArray[np.int8]:
 
 
 def _words(stream: str, dim: int, seed: int, count: int) -> NDArray[np.uint64]:
-    key = np.array([_checked_seed(seed), (STREAM_TAGS[stream] << 32) + dim], dtype=np.uint64)
+    key = np.array([checked_seed(seed), (STREAM_TAGS[stream] << 32) + dim], dtype=np.uint64)
     return np.random.Philox(key=key).random_raw(count)
 
 
@@ -203,7 +204,12 @@ def _normaliser(dim: int, rounds: int) -> float:
     return 1.0 / dim if rounds == 2 else 1.0 / math.sqrt(dim)
 
 
-def _checked_seed(seed: int) -> int:
+def checked_seed(seed: int) -> int:
+    """`seed` as an int.
+
+    Raises:
+        ConfigError: no whole number from 0 to 2**63 - 1.
+    """
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"seed={seed!r}: allowed are whole numbers from 0 to {MAX_SEED}")
     return int(seed)

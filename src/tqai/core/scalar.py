@@ -24,7 +24,7 @@ from tqai.core import bfloat16
 from tqai.core.codebook import codebook
 from tqai.core.codec import SCALE_BYTES, CodecSpec, Encoded, register_codec
 from tqai.core.packing import pack, packed_bytes, unpack
-from tqai.core.rotation import resolve, rotate, rotation_matrix, unrotate
+from tqai.core.rotation import checked_seed, resolve, rotate, rotation_matrix, unrotate
 from tqai.errors import ConfigError, InputError
 
 __all__ = ["SMALLEST_NORMAL", "Quantized", "ScalarCodec"]
@@ -58,6 +58,7 @@ class ScalarCodec:
     def __init__(self, spec: CodecSpec) -> None:
         if spec.scale not in SCALES:
             raise ConfigError(f"scale={spec.scale!r}: allowed are {', '.join(SCALES)}")
+        checked_seed(spec.seed)
         self._spec = replace(spec, rotation=resolve(spec.rotation, spec.head_dim))
         levels = codebook(spec.head_dim, spec.bits)
         self._tables = {
