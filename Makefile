@@ -17,7 +17,7 @@ DEV_STAMP := $(VENV)/.tqai-dev-stamp
 INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format docs check-docs bench wheel clean
+.PHONY: help demo test test-gpu lint format docs check-docs picture bench wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -59,8 +59,11 @@ docs: $(DEV_STAMP)  ## the generated parts of README.md and docs/
 check-docs: $(DEV_STAMP)  ## fails when the generated parts differ from what `make docs` would write
 	$(BIN)/python scripts/generate_docs.py --check
 
+picture: $(DEV_STAMP)  ## docs/images/demo.svg, from a real run of `tqai demo`
+	$(BIN)/python scripts/record_demo.py
+
 bench: $(DEV_STAMP)  ## the benchmark on the embedded model; writes benchmarks/results/
-	$(BIN)/python benchmarks/quality_demo.py
+	$(BIN)/python benchmarks/demo_model.py
 
 wheel: $(DEV_STAMP)  ## dist/*.whl
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .

@@ -1,0 +1,192 @@
+"""Writes the generated documentation: docs/cli.md whole, and the parts of README.md between markers.
+
+    python scripts/generate_docs.py            write
+    python scripts/generate_docs.py --check    write nothing; exit 1 and name the files that would change
+
+A generated part of a document lies between two lines
+
+    <!-- generated: NAME -->
+    <!-- end of generated: NAME -->
+
+where NAME is one of PARTS. Figures come from benchmarks/results/*.json and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md",)
+CLI = "docs/cli.md"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 on drift")
+    check = parser.parse_args().check
+    changed = drifted(ROOT)
+    for path, text in changed.items():
+        if check:
+            print(f"{path.relative_to(ROOT)} differs from what `make docs` writes", file=sys.stderr)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, "utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
+    return 1 if check and changed else 0
+
+
+def drifted(root: Path) -> dict[Path, str]:
+    """The files under `root` that are not as generated, with the text that they should have."""
+    wanted = {root / CLI: cli_reference()}
+    for name in DOCUMENTS:
+        wanted[root / name] = with_parts((root / name).read_text("utf-8"), root)
+    return {
+        path: text for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text
+    }
+
+
+def with_parts(text: str, root: Path) -> str:
+    """`text` with every marked part generated anew."""
+
+    def generated(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- generated: {name} -->\n{PARTS[name](root)}\n<!-- end of generated: {name} -->"
+
+    pattern = r"<!-- generated: (?P<name>[\w-]+) -->\n.*?<!-- end of generated: (?P=name) -->"
+    return re.sub(pattern, generated, text, flags=re.S)
+
+
+def cli_reference() -> str:
+    """docs/cli.md, from the commands themselves."""
+    import typer
+
+    from tqai.cli.app import app
+
+    group: Any = typer.main.get_command(app)
+    lines = [
+        "# Command line",
+        "",
+        "Generated from the commands by `make docs`.",
+        "",
+        "    tqai COMMAND [OPTIONS]        or: python -m tqai COMMAND [OPTIONS]",
+        "",
+        "Every command takes `--json`: one JSON object on standard output and nothing else there. Progress",
+        "goes to standard error. Exit codes: 0 done, 1 failed, 2 wrong use or setting, 130 interrupted. An",
+        "error is one line on standard error; `TQAI_DEBUG=1` shows the traceback. `tqai --version` prints",
+        "the version, `tqai --install-completion` sets up completion in the shell.",
+    ]
+    for name, command in group.commands.items():
+        arguments = [p.name.upper() for p in command.params if p.param_type_name == "argument"]
+        usage = " ".join(["tqai", name, *arguments, "[OPTIONS]"])
+        lines += ["", f"## {name}", "", " ".join(command.help.split()), "", f"    {usage}", ""]
+        lines += ["| | | default |", "|---|---|---|"]
+        for parameter in command.params:
+            if parameter.name == "help":
+                continue
+            shown = ", ".join(f"`{option}`" for option in parameter.opts)
+            if parameter.param_type_name == "argument":
+                shown = f"`{parameter.name.upper()}`"
+            lines.append(f"| {shown} | {parameter.help} | {_default(parameter)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    if getattr(parameter, "is_flag", False):
+        return "off"
+    if isinstance(parameter.show_default, str):
+        return parameter.show_default
+    return "none" if parameter.default is None else str(parameter.default)
+
+
+def quality_table(root: Path) -> str:
+    """Size, quality and retrieval of every cache on the embedded model."""
+    result = _result(root, "demo_model")
+    if result is None:
+        return "No result is committed yet; `make bench` writes it."
+    settings = result["settings"]
+    questions = settings["questions"]
+    lines = [
+        f"| cache | MB held | bits per value | KL, nats per token | perplexity | found of {questions} |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, memory in result["memory"].items():
+        quality, found = result["quality"][name], result["retrieval"][name]
+        kl = quality["kl_mean"]["value"]
+        lines.append(
+            f"| {_cache_name(name)} | {memory['held_bytes'] / 1e6:.2f} | {memory['bits_per_value']:.2f} "
+            f"| {'-' if name == 'dynamic' else f'{kl:.4f}'} | {quality['perplexity']['value']:.3f} "
+            f"| {found['correct']} |"
+        )
+    lines += [
+        "",
+        f"Bytes and bits at {settings['memory_tokens']} tokens, everything counted: codes, scales, exact "
+        f"window, tables, slack. KL against the uncompressed model and perplexity over "
+        f"{settings['documents']} held-out documents of {settings['document_tokens']} tokens, read in chunks "
+        f"of {settings['chunk_tokens']} that see the history as the cache gives it back. Retrieval: "
+        f"six-digit codes hidden in {settings['retrieval_tokens']} tokens. {_provenance(result)}",
+    ]
+    return "\n".join(lines)
+
+
+def speed_table(root: Path) -> str:
+    """Decoding speed of every cache on the embedded model, as a ratio to DynamicCache of the same run."""
+    result = _result(root, "demo_model")
+    if result is None:
+        return "No result is committed yet; `make bench` writes it."
+    contexts = list(result["speed"])
+    lines = [
+        "| cache | " + " | ".join(f"{tokens} tokens" for tokens in contexts) + " |",
+        "|---|" + "---|" * len(contexts),
+    ]
+    for name in result["memory"]:
+        cells = []
+        for tokens in contexts:
+            speed, base = result["speed"][tokens][name], result["speed"][tokens]["dynamic"]
+            if "withheld" in speed:
+                cells.append("withheld")
+                continue
+            ratio = speed["tokens_per_second"] / base["tokens_per_second"]
+            cells.append(f"{speed['tokens_per_second']:.1f} ({ratio:.2f}x)")
+        lines.append(f"| {_cache_name(name)} | {' | '.join(cells)} |")
+    lines += ["", f"Tokens per second of decoding, and the ratio to DynamicCache. {_provenance(result)}"]
+    return "\n".join(lines)
+
+
+def _cache_name(name: str) -> str:
+    if name == "dynamic":
+        return "uncompressed (DynamicCache)"
+    kind, _, bits = name.partition("-")
+    return f"transformers {kind}, {bits} bits" if bits else f"tqai {name}"
+
+
+def _provenance(result: dict[str, Any]) -> str:
+    model, versions = result["model"], result["versions"]
+    return (
+        f"Model: {model['parameters'] / 1e6:.1f} million parameters, {model['dtype']}, {model['device']}. "
+        f"Machine: {result['cpu']}, {result['cpus']} cores; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}; {result['date'][:10]}."
+    )
+
+
+def _result(root: Path, name: str) -> dict[str, Any] | None:
+    path = root / "benchmarks" / "results" / f"{name}.json"
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return result
+
+
+PARTS: dict[str, Callable[[Path], str]] = {"quality": quality_table, "speed": speed_table}
+
+if __name__ == "__main__":
+    sys.exit(main())
