@@ -105,6 +105,7 @@ class CompressedLayer:
         if self.window is None or self.pool is None:
             self.prepare(keys, values)
         assert self.window is not None and self.pool is not None
+        self.pool.recycle()
         pages = self.pool.pages
         history_from = self._out_of_sight(self.length) - (self.length - self.held_tokens)
         history = None

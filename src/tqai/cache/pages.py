@@ -41,6 +41,7 @@ class PagePool:
         self._slab_starts: list[int] = []
         self._capacity = 0
         self._free: list[int] = []
+        self._stale = False
         self._history: History | None = None
 
     @property
@@ -56,7 +57,7 @@ class PagePool:
     @property
     def used(self) -> int:
         """Distinct pages in use."""
-        return self._capacity - len(self._free)
+        return int(np.unique(self.table).size)
 
     @property
     def table_bytes(self) -> int:
@@ -67,6 +68,15 @@ class PagePool:
     def slabs(self) -> tuple[Tensor, ...]:
         """The slabs, oldest first."""
         return tuple(self._slabs)
+
+    def recycle(self) -> None:
+        """Make the pages that no sequence refers to any more fit for reuse. Called when a step begins:
+        until then the step before may still read pages that it has dropped."""
+        if self._stale:
+            used = np.zeros(self._capacity, dtype=bool)
+            used[self.table.reshape(-1)] = True
+            self._free = np.flatnonzero(~used).tolist()
+            self._stale = False
 
     def append(self, raw_pages: int) -> tuple[NDArray[np.int32], Tensor]:
         """Reserve `raw_pages` new pages for every sequence.
@@ -114,7 +124,7 @@ class PagePool:
         return out
 
     def keep(self, start: int, stop: int) -> None:
-        """Keep the pages start..stop-1 of every sequence and free the others."""
+        """Keep the pages start..stop-1 of every sequence; the others are free from the next `recycle` on."""
         if start > 0 or stop < self.pages:
             self._set_table(self.table[:, start:stop])
 
@@ -158,9 +168,7 @@ class PagePool:
 
     def _set_table(self, table: NDArray[np.int32]) -> None:
         self.table = np.ascontiguousarray(table)
-        used = np.zeros(self._capacity, dtype=bool)
-        used[self.table.reshape(-1)] = True
-        self._free = np.flatnonzero(~used).tolist()
+        self._stale = True
         self._history = None
 
     def _grow(self, pages: int) -> None:

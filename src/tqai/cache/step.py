@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from tqai.backends.base import Backend, ExactTokens, History
+from tqai.backends.torch_ops.attention import gather_pages
 from tqai.cache.window import joined
 
 __all__ = ["Step"]
@@ -53,19 +51,6 @@ class Step:
 
     def decode_history(self, history: History) -> ExactTokens:
         """The compressed tokens of `history`, decompressed, in the dtype of the recent ones."""
-        rows = []
-        for ids in torch.from_numpy(history.table).to(self.recent.keys.device).long():
-            raw = pages_by_id(history, ids)
-            keys, values = self.backend.decode(raw, history.page_format, self.recent.keys.dtype)
-            rows.append([part.transpose(0, 1).flatten(1, 2)[:, history.first_token :] for part in (keys, values)])
-        return ExactTokens(torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows]))
-
-
-def pages_by_id(history: History, ids: Tensor) -> Tensor:
-    """Raw pages `ids` (int64, on the device), uint8 `[pages, kv_heads, page_bytes]`, a copy."""
-    first = history.slabs[0]
-    out = first.new_empty((ids.numel(), *first.shape[1:]))
-    for slab, at in zip(history.slabs, history.slab_starts, strict=True):
-        inside = (ids >= at) & (ids < at + slab.shape[0])
-        out[inside] = slab[ids[inside] - at]
-    return out
+        raw = gather_pages(history, 0, history.pages)
+        parts = self.backend.decode(raw, history.page_format, self.recent.keys.dtype)
+        return ExactTokens(*(part.transpose(1, 2).flatten(2, 3)[:, :, history.first_token :] for part in parts))

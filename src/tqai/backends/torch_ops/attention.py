@@ -9,6 +9,7 @@ into an accumulator of their own.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -181,23 +182,17 @@ def gather_pages(history: History, start: int, stop: int) -> Tensor:
     A view where the pages lie side by side in one slab, else a copy of this tile alone.
     """
     ids = history.table[:, start:stop]
-    batch, pages = ids.shape
     flat = ids.reshape(-1)
-    first = int(flat[0])
-    starts = history.slab_starts
-    slab_of_first = max(index for index, at in enumerate(starts) if at <= first)
-    slab, slab_at = history.slabs[slab_of_first], starts[slab_of_first]
-    if int(flat[-1]) - first == flat.size - 1 and bool((flat[1:] > flat[:-1]).all()):
-        if flat[-1] - slab_at < slab.shape[0]:
-            return slab[first - slab_at : first - slab_at + flat.size].unflatten(0, (batch, pages))
-    out = slab.new_empty((flat.size, *slab.shape[1:]))
-    ids_on_device = torch.from_numpy(flat.astype("int64")).to(slab.device)
-    for slab, slab_at in zip(history.slabs, starts, strict=True):
-        inside = (ids_on_device >= slab_at) & (ids_on_device < slab_at + slab.shape[0])
-        rows = inside.nonzero().squeeze(-1)
-        if rows.numel():
-            out[rows] = slab[ids_on_device[rows] - slab_at]
-    return out.unflatten(0, (batch, pages))
+    slab_of = np.searchsorted(history.slab_starts, flat, side="right") - 1
+    # runs of neighbouring pages in one slab
+    cuts = np.flatnonzero((np.diff(flat) != 1) | (np.diff(slab_of) != 0)) + 1
+    runs = []
+    for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), flat.size], strict=True):
+        slab = int(slab_of[first])
+        row = int(flat[first]) - history.slab_starts[slab]
+        runs.append(history.slabs[slab][row : row + last - first])
+    pages = runs[0] if len(runs) == 1 else torch.cat(runs)
+    return pages.unflatten(0, ids.shape)
 
 
 def split_page(raw: Tensor, page_format: PageFormat) -> tuple[Tensor, Tensor, Tensor, Tensor]:
