@@ -70,10 +70,11 @@ def test_rotate_is_the_matrix_and_unrotate_its_inverse(kind, dim):
 
 @pytest.mark.parametrize("dim", [1, 2, 8, 128, 1024])
 def test_fast_hadamard_is_the_unnormalised_sylvester_matrix(dim):
-    rows = np.random.default_rng(1).integers(-9, 9, (3, dim)).astype(np.float32)
-    kept = rows.copy()
-    np.testing.assert_array_equal(fast_hadamard(rows), rows.astype(np.float64) @ sylvester(dim))
-    np.testing.assert_array_equal(rows, kept)
+    for dtype in (np.float32, np.float64):
+        rows = np.random.default_rng(1).integers(-9, 9, (3, dim)).astype(dtype)
+        kept = rows.copy()
+        np.testing.assert_array_equal(fast_hadamard(rows), rows.astype(np.float64) @ sylvester(dim))
+        np.testing.assert_array_equal(rows, kept)
 
 
 @pytest.mark.parametrize(("kind", "rounds"), [("hadamard", 1), ("hadamard2", 2)])

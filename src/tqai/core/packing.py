@@ -2,13 +2,12 @@
 
 A row of n codes of b bits is a string of n*b bits: code i holds bits [i*b, i*b + b), its least
 significant bit first, and bit k of the row is bit k % 8 of byte k // 8 (bit 0 is worth 1). The row is
-padded with zero bits to a whole byte. With b = 3:
+padded with zero bits to a whole byte. With b = 3, as bytes are written (most significant bit left):
 
-    byte 0                   byte 1                   byte 2
-    bit 0 1 2 3 4 5 6 7      0 1 2 3 4 5 6 7          0 1 2 3 4 5 6 7
-        '-0-' '-1-' '-2-- ----'-' '-3-' '-4-' '-5- ---' ...
+    byte 2          byte 1          byte 0
+    7 7 7 6 6 6 5 5|5 4 4 4 3 3 3 2|2 2 1 1 1 0 0 0        which code the bit belongs to
 
-(drawn with care in docs/format.md).
+docs/format.md has a worked example.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ of bytes, so that a kernel fetches it with one copy:
     offset 0            key_scales_at        value_codes_at       value_scales_at      page_bytes
     | key codes         | 64 key scales      | value codes        | 64 value scales    |
     | 64 * row_bytes    | 64 * bfloat16      | 64 * row_bytes     | 64 * bfloat16      |
-    '-- each part padded up to a multiple of 16 bytes (no padding for even head_dim) ---'
+    '-- each part is a multiple of 16 bytes, as 64 rows and 64 scales always are -------'
 
 The *canonical* order inside 'codes' is token by token, each token one bit-packed row (`core.packing`);
 it is the form of saved files. A backend may order the bytes inside the two code parts as its kernels
