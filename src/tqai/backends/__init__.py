@@ -22,6 +22,7 @@ __all__ = ["BACKENDS", "Choice", "load", "resolve"]
 logger = logging.getLogger("tqai")
 
 BACKENDS: dict[str, str] = {
+    "native": "tqai.backends.native.backend:NativeBackend",
     "torch": "tqai.backends.torch_ops:TorchBackend",
 }
 """Backend name -> "module:class", best first."""
@@ -33,6 +34,13 @@ class Choice:
 
     backend: Backend
     reason: str
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Choice:
+        """Backends hold no state of a cache: a copied cache computes with the same one."""
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _choice_by_name, (self.backend.name, self.reason)
 
 
 @lru_cache(maxsize=None)
@@ -77,3 +85,7 @@ def resolve(page_format: PageFormat, device_type: str, dtype: str, wanted: str |
             return Choice(backend, reason)
         refusals.append(f"{name}: {refusal}")
     raise UnsupportedError(f"no backend for {device_type} {dtype}: {'; '.join(refusals)}")
+
+
+def _choice_by_name(name: str, reason: str) -> Choice:
+    return Choice(load(name), reason)
