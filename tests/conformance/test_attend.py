@@ -11,6 +11,8 @@ TOLERANCE = {
     "torch": {torch.float32: 5e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4},
     "default": {torch.float32: 2e-3, torch.bfloat16: 4e-3, torch.float16: 2e-3},
 }
+# Relative to the logits, which reach 50 here: integer kernels round queries and levels to 12 to 15 bits.
+LSE_TOLERANCE = {"torch": 1e-4}
 
 
 def tolerance(backend, dtype):
@@ -25,7 +27,9 @@ def check(backend, attended, wanted, wanted_lse, dtype):
     assert error.max() < 5 * allowed, f"worst query {error.max():.2e}"
     assert attended.out.dtype == dtype
     assert attended.lse.dtype == torch.float32
-    torch.testing.assert_close(attended.lse.double(), wanted_lse, rtol=1e-4, atol=2e-3)
+    torch.testing.assert_close(
+        attended.lse.double(), wanted_lse, rtol=LSE_TOLERANCE.get(backend.name, 5e-4), atol=2e-3
+    )
 
 
 CASES = [

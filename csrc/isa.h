@@ -1,0 +1,70 @@
+/* isa.h: what one instruction set provides; kernels_<isa>.c fills one table each. */
+#ifndef TQAI_ISA_H
+#define TQAI_ISA_H
+
+#include <stddef.h>
+#include "tqai.h"
+
+#define BLOCK_PAGES 8 /* pages that share one softmax maximum and one integer scale of the weights */
+#define BLOCK_TOKENS (BLOCK_PAGES * TQAI_PAGE_TOKENS)
+#define MAX_ROWS 4 /* query rows that one kernel call takes: 1, 2 or 4 */
+/* Values are summed as value * 2^-24, so that a sum over 2^24 of the largest floats stays finite. */
+#define VALUE_DOWN 5.9604644775390625e-08f
+#define VALUE_UP 16777216.0f
+
+/* Running softmax of one query row. */
+typedef struct {
+    float max, sum; /* of the logits; of exp(logit - max) */
+} row_state;
+
+/* What tqai's kernels see of the mask: row r sees token t iff row[r] is null or row[r][t * stride]. */
+typedef struct {
+    const uint8_t *row[MAX_ROWS];
+    int64_t stride;
+    int first; /* tokens before this one are out of sight */
+} block_mask;
+
+typedef struct {
+    const char *name;
+    /* dots[r * BLOCK_TOKENS + t] = sum over d of q[r * head_dim + d] * level(key t, dim d); 64 tokens */
+    void (*key_dots)(const tqai_codec *codec, const uint8_t *codes, const int16_t *q, int rows, int32_t *dots);
+    /* acc[r * head_dim + d] += step[r] * sum over pages, t of w[r * BLOCK_TOKENS + 64 page + t] * level */
+    void (*value_sums)(const tqai_codec *codec, const uint8_t *const *codes, int pages, const int16_t *w,
+                       const float *step, int rows, float *acc);
+    /* Logits, maximum, weights of one block of `tokens` (a multiple of 64). Turns dots into int16 weights
+     * w (value scale included) with step[r] (level_step included), updates state, multiplies acc by the change of maximum. */
+    void (*softmax_block)(const int32_t *dots, const float *factor, const float *key_scale,
+                          const float *value_scale, const tqai_codec *value, const block_mask *mask, float softcap,
+                          int tokens, int rows, row_state *state, float *acc, int16_t *w, float *step);
+    /* Exact attention of `rows` query rows (float, scaled) over `tokens` (at most 64) keys and values. */
+    void (*exact_block)(const float *q, int rows, int key_dim, int value_dim, const void *keys,
+                        int64_t key_stride, int key_dtype, const void *values, int64_t value_stride,
+                        int value_dtype, const block_mask *mask, float softcap, int tokens,
+                        row_state *state, float *acc);
+    /* y = R x (inverse: x = R^T y) of 16 rows at once; lanes are rows: x [head_dim][16]. */
+    void (*rotate16)(const tqai_codec *codec, float *x, int inverse);
+    /* rows [n][dim] of dtype to float and back. */
+    void (*to_float)(const void *from, int dtype, int n, float *to);
+    void (*from_float)(const float *from, int dtype, int n, void *to);
+    void (*encode_side)(const tqai_codec *codec, int is_value, const void *rows, int64_t row_stride, int dtype,
+                        uint8_t *codes, uint16_t *scales);
+    void (*decode_side)(const tqai_codec *codec, int is_value, const uint8_t *codes, const uint16_t *scales,
+                        int dtype, void *out);
+} tqai_kernels;
+
+extern const tqai_kernels tqai_kernels_scalar, tqai_kernels_avx2, tqai_kernels_avx512, tqai_kernels_neon;
+
+/* The chosen table. */
+const tqai_kernels *tqai_chosen(void);
+
+static inline float bits_to_float(uint32_t bits) {
+    union { uint32_t u; float f; } x = {.u = bits};
+    return x.f;
+}
+
+static inline uint32_t float_to_bits(float value) {
+    union { uint32_t u; float f; } x = {.f = value};
+    return x.u;
+}
+
+#endif

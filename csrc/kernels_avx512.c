@@ -1,0 +1,199 @@
+/* kernels_avx512.c: AVX-512 with BW and VNNI.
+ *
+ * One quad is the four units that share one pair of terms (layout.h):
+ *
+ *   64-byte line, 4 bits   word e = | unit 3 | unit 2 | unit 1 | unit 0 |
+ *                                      >>12     >>8      >>4       .         shift
+ *                          vpermw   16 levels, twice over: the lookup takes 5 bits of index, the code
+ *                                   has 4, and the bit above it does not matter
+ *                          vpdpwssd lane t += q[2p] * level(t, 2p) + q[2p+1] * level(t, 2p+1)
+ *
+ * 2 and 3 bits likewise, with the table repeated 8 and 4 times; 8 bits look up four times in 64 levels.
+ * The lookups run beside the products on other ports, so that unpacking is all but free at four rows.
+ */
+#include <float.h>
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+#include "isa.h"
+#include "layout.h"
+
+#include "convert.inc.h"
+#include "rotate.inc.h"
+#include "codes.inc.h"
+#include "softmax.inc.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    __m512i part[8]; /* one table of 32 levels (2 to 4 bits) or eight of them (8 bits) */
+} levels;
+
+INLINE levels load_levels(const tqai_codec *codec, int bits) {
+    levels out;
+    if (bits == 8) {
+        for (int i = 0; i < 8; i++) out.part[i] = _mm512_loadu_si512(codec->levels + 32 * i);
+    } else {
+        int16_t word[32];
+        for (int i = 0; i < 32; i++) word[i] = codec->levels[i & ((1 << bits) - 1)];
+        out.part[0] = _mm512_loadu_si512(word);
+    }
+    return out;
+}
+
+INLINE __m512i look_up8(const levels *table, __m512i index) {
+    const __mmask32 upper = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+    const __mmask32 top = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
+    const __m512i a = _mm512_permutex2var_epi16(table->part[0], index, table->part[1]);
+    const __m512i b = _mm512_permutex2var_epi16(table->part[2], index, table->part[3]);
+    const __m512i c = _mm512_permutex2var_epi16(table->part[4], index, table->part[5]);
+    const __m512i d = _mm512_permutex2var_epi16(table->part[6], index, table->part[7]);
+    return _mm512_mask_blend_epi16(top, _mm512_mask_blend_epi16(upper, a, b), _mm512_mask_blend_epi16(upper, c, d));
+}
+
+/* Four quads, 4 * first .. : the levels of unit `unit` (0 to 15) after quad `first`, a multiple of 4. */
+INLINE __m512i unit_levels(const levels *table, int bits, const uint8_t *codes, const uint8_t *high, int first,
+                           int unit) {
+    const int k = bits == 3 ? 8 : 16 / bits; /* units per line */
+    const __m512i line = _mm512_loadu_si512(codes + LINE_BYTES * (first * 4 / k + unit / k));
+    const int down = unit % k * (16 / k);
+    __m512i index = _mm512_srli_epi16(line, (unsigned)down);
+    if (bits == 8) return look_up8(table, index);
+    if (bits == 3) {
+        const __m512i top = _mm512_loadu_si512(high + LINE_BYTES * (first / 4));
+        const __m512i bit = unit >= 2 ? _mm512_srli_epi16(top, (unsigned)(unit >= 2 ? unit - 2 : 0))
+                                      : _mm512_slli_epi16(top, (unsigned)(unit >= 2 ? 0 : 2 - unit));
+        index = _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), index, bit, 0xCA); /* low 2 bits | bit 2 */
+    }
+    return _mm512_permutexvar_epi16(index, table->part[0]);
+}
+
+INLINE __m512i pair_of(const int16_t *terms) {
+    int32_t both;
+    memcpy(&both, terms, sizeof both);
+    return _mm512_set1_epi32(both);
+}
+
+INLINE void key_dots_of(const tqai_codec *codec, int bits, const uint8_t *codes, const int16_t *q, int rows,
+                        int32_t *dots) {
+    const int dim = codec->head_dim;
+    const uint8_t *high = codes + tqai_high_plane_at(dim);
+    const levels table = load_levels(codec, bits);
+    __m512i sum[MAX_ROWS][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; g++) sum[r][g] = _mm512_setzero_si512();
+    for (int first = 0; first < dim / 2; first += 4) {
+#pragma GCC unroll 4
+        for (int s = 0; s < 4; s++) {
+            __m512i level[4];
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; g++) level[g] = unit_levels(&table, bits, codes, high, first, 4 * s + g);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                const __m512i pair = pair_of(q + r * dim + 2 * (first + s));
+#pragma GCC unroll 4
+                for (int g = 0; g < 4; g++) sum[r][g] = _mm512_dpwssd_epi32(sum[r][g], level[g], pair);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int g = 0; g < 4; g++) _mm512_storeu_si512(dots + r * BLOCK_TOKENS + 16 * g, sum[r][g]);
+}
+
+/* One chunk of `groups` (1, 2 or 4) groups of 16 dims; a quad holds 4 / groups pairs of tokens. */
+INLINE void value_chunk(const tqai_codec *codec, int bits, const levels *table, const uint8_t *const *codes,
+                        int pages, const int16_t *w, const float *step, int rows, int chunk, int groups,
+                        float *acc) {
+    const int dim = codec->head_dim, pairs = 4 / groups;
+    __m512i sum[MAX_ROWS][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int g = 0; g < groups; g++) sum[r][g] = _mm512_setzero_si512();
+    for (int page = 0; page < pages; page++) {
+        const uint8_t *high = codes[page] + tqai_high_plane_at(dim);
+        const int16_t *weight = w + TQAI_PAGE_TOKENS * page;
+        for (int quad = 0; quad < 32 / pairs; quad += 4) {
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; s++) {
+                __m512i level[4];
+#pragma GCC unroll 4
+                for (int u = 0; u < 4; u++)
+                    level[u] = unit_levels(table, bits, codes[page], high, 32 * chunk + quad, 4 * s + u);
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+                    for (int p = 0; p < pairs; p++) {
+                        const __m512i pair = pair_of(weight + r * BLOCK_TOKENS + 2 * ((quad + s) * pairs + p));
+#pragma GCC unroll 4
+                        for (int g = 0; g < groups; g++)
+                            sum[r][g] = _mm512_dpwssd_epi32(sum[r][g], level[p * groups + g], pair);
+                    }
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int g = 0; g < groups; g++) {
+            float *out = acc + r * dim + 64 * chunk + 16 * g;
+            const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][g]), _mm512_set1_ps(step[r]));
+            _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), value));
+        }
+}
+
+INLINE void value_sums_of(const tqai_codec *codec, int bits, const uint8_t *const *codes, int pages,
+                          const int16_t *w, const float *step, int rows, float *acc) {
+    const levels table = load_levels(codec, bits);
+    for (int chunk = 0; chunk < (codec->head_dim + 63) / 64; chunk++) {
+        const int groups = tqai_chunk_groups(codec->head_dim, 64 * chunk);
+        if (groups == 4) value_chunk(codec, bits, &table, codes, pages, w, step, rows, chunk, 4, acc);
+        else if (groups == 2) value_chunk(codec, bits, &table, codes, pages, w, step, rows, chunk, 2, acc);
+        else value_chunk(codec, bits, &table, codes, pages, w, step, rows, chunk, 1, acc);
+    }
+}
+
+/* A function of its own for every number of bits and rows, so that all of the above unrolls. */
+#define SPECIAL(bits, rows)                                                                                     \
+    static __attribute__((noinline)) void keys_##bits##_##rows(const tqai_codec *c, const uint8_t *codes,       \
+                                                               const int16_t *q, int32_t *dots) {               \
+        key_dots_of(c, bits, codes, q, rows, dots);                                                             \
+    }                                                                                                           \
+    static __attribute__((noinline)) void values_##bits##_##rows(const tqai_codec *c, const uint8_t *const *p,  \
+                                                                 int pages, const int16_t *w, const float *step, \
+                                                                 float *acc) {                                  \
+        value_sums_of(c, bits, p, pages, w, step, rows, acc);                                                   \
+    }
+#define ALL_ROWS(bits) SPECIAL(bits, 1) SPECIAL(bits, 2) SPECIAL(bits, 4)
+ALL_ROWS(2) ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8)
+
+#define BY_ROWS(name, bits, ...)                       \
+    do {                                               \
+        if (rows == 4) name##_##bits##_4(__VA_ARGS__); \
+        else if (rows == 2) name##_##bits##_2(__VA_ARGS__); \
+        else name##_##bits##_1(__VA_ARGS__);           \
+    } while (0)
+#define BY_BITS(name, ...)                              \
+    switch (codec->bits) {                              \
+        case 2: BY_ROWS(name, 2, __VA_ARGS__); break;   \
+        case 3: BY_ROWS(name, 3, __VA_ARGS__); break;   \
+        case 4: BY_ROWS(name, 4, __VA_ARGS__); break;   \
+        default: BY_ROWS(name, 8, __VA_ARGS__); break;  \
+    }
+
+static void key_dots(const tqai_codec *codec, const uint8_t *codes, const int16_t *q, int rows, int32_t *dots) {
+    BY_BITS(keys, codec, codes, q, dots)
+}
+
+static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, int pages, const int16_t *w,
+                       const float *step, int rows, float *acc) {
+    BY_BITS(values, codec, codes, pages, w, step, acc)
+}
+
+#define KERNELS tqai_kernels_avx512
+#define KERNELS_NAME "avx512"
+#include "table.inc.h"

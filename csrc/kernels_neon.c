@@ -1,0 +1,114 @@
+/* kernels_neon.c: 64-bit Arm.
+ *
+ * As kernels_avx2.c, 16 bytes (8 words) at a time: byte table lookups for the low and high bytes of the
+ * levels of two units at once, then 16-bit multiply-accumulate. A register holds the two terms of two
+ * lanes, | lane 0 term 0 | lane 0 term 1 | lane 1 term 0 | lane 1 term 1 |, and they are added pairwise
+ * once at the end.
+ */
+#include <arm_neon.h>
+#include <float.h>
+#include <math.h>
+#include <string.h>
+#include "isa.h"
+#include "layout.h"
+
+#include "convert.inc.h"
+#include "rotate.inc.h"
+#include "codes.inc.h"
+#include "softmax.inc.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Levels of the codes in the low and in the high bytes of `index`, to two units. */
+INLINE void store_two(uint8x16x2_t table, uint16x8_t index, int16_t *of_low, int16_t *of_high) {
+    const uint8x16_t low = vqtbl1q_u8(table.val[0], vreinterpretq_u8_u16(index));
+    const uint8x16_t high = vqtbl1q_u8(table.val[1], vreinterpretq_u8_u16(index));
+    vst1q_s16(of_low, vreinterpretq_s16_u8(vtrn1q_u8(low, high)));
+    vst1q_s16(of_high, vreinterpretq_s16_u8(vtrn2q_u8(low, high)));
+}
+
+static void load_levels(const tqai_codec *codec, const uint8_t *codes, int16_t *restrict level) {
+    const int bits = codec->bits, per_line = bits == 3 ? 8 : 16 / bits, lines = 2 * codec->head_dim / per_line;
+    const uint8_t *high = codes + tqai_high_plane_at(codec->head_dim);
+    if (bits == 8) {
+        for (int i = 0; i < 2 * lines * UNIT; i++)
+            level[i / 2 % UNIT + (i / (2 * UNIT) * 2 + i % 2) * UNIT] = codec->levels[codes[i]];
+        return;
+    }
+    uint8_t bytes[2][16];
+    for (int i = 0; i < 16; i++) {
+        const uint16_t one = (uint16_t)codec->levels[i & ((1 << bits) - 1)];
+        bytes[0][i] = (uint8_t)one;
+        bytes[1][i] = (uint8_t)(one >> 8);
+    }
+    const uint8x16x2_t table = {{vld1q_u8(bytes[0]), vld1q_u8(bytes[1])}};
+    for (int line = 0; line < lines; line++)
+        for (int quarter = 0; quarter < 4; quarter++) {
+            const uint16x8_t word = vreinterpretq_u16_u8(vld1q_u8(codes + LINE_BYTES * line + 16 * quarter));
+            int16_t *out = level + line * per_line * UNIT + 8 * quarter;
+            if (bits == 4) {
+                const uint16x8_t keep = vdupq_n_u16(0x0F0F);
+                store_two(table, vandq_u16(word, keep), out, out + 2 * UNIT);
+                store_two(table, vandq_u16(vshrq_n_u16(word, 4), keep), out + UNIT, out + 3 * UNIT);
+                continue;
+            }
+            uint16x8_t top = vdupq_n_u16(0);
+            if (bits == 3) { /* bits 0..3 to the low byte, 4..7 to the high byte, two places up */
+                top = vreinterpretq_u16_u8(vld1q_u8(high + LINE_BYTES * (line / 2) + 16 * quarter));
+                if (line % 2) top = vshrq_n_u16(top, 8);
+                top = vorrq_u16(vshlq_n_u16(vandq_u16(top, vdupq_n_u16(0x0F)), 2),
+                                vshlq_n_u16(vandq_u16(top, vdupq_n_u16(0xF0)), 6));
+            }
+            for (int s = 0; s < 4; s++) {
+                uint16x8_t index = vandq_u16(vshlq_u16(word, vdupq_n_s16((int16_t)(-2 * s))), vdupq_n_u16(0x0303));
+                if (bits == 3)
+                    index = vorrq_u16(index, vandq_u16(vshlq_u16(top, vdupq_n_s16((int16_t)-s)), vdupq_n_u16(0x0404)));
+                store_two(table, index, out + s * UNIT, out + (s + 4) * UNIT);
+            }
+        }
+}
+
+/* out[r * out_row + 0 .. 15] += over `count` units, `stride` apart: products with the pairs
+ * terms[r * row + 2 i]. */
+INLINE void add_units(const int16_t *units, int stride, int count, const int16_t *terms, int row, int rows,
+                      int32_t *out, int out_row) {
+    for (int part = 0; part < 2; part++) { /* 8 lanes each: 4 sums per row */
+        int32x4_t sum[MAX_ROWS][4];
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < 4; i++) sum[r][i] = vdupq_n_s32(0);
+        for (int i = 0; i < count; i++) {
+            const int16x8_t a = vld1q_s16(units + i * stride + 16 * part);
+            const int16x8_t b = vld1q_s16(units + i * stride + 16 * part + 8);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                int32_t both;
+                memcpy(&both, terms + r * row + 2 * i, sizeof both);
+                const int16x8_t pair = vreinterpretq_s16_s32(vdupq_n_s32(both));
+                sum[r][0] = vmlal_s16(sum[r][0], vget_low_s16(a), vget_low_s16(pair));
+                sum[r][1] = vmlal_high_s16(sum[r][1], a, pair);
+                sum[r][2] = vmlal_s16(sum[r][2], vget_low_s16(b), vget_low_s16(pair));
+                sum[r][3] = vmlal_high_s16(sum[r][3], b, pair);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < 2; i++) {
+                int32_t *to = out + r * out_row + 8 * part + 4 * i;
+                vst1q_s32(to, vaddq_s32(vld1q_s32(to), vpaddq_s32(sum[r][2 * i], sum[r][2 * i + 1])));
+            }
+    }
+}
+
+INLINE void keys_group(const int16_t *level, const int16_t *q, int rows, int dim, int group, int32_t *dots) {
+    for (int r = 0; r < rows; r++) memset(dots + r * BLOCK_TOKENS + 16 * group, 0, 16 * sizeof *dots);
+    add_units(level + group * UNIT, 4 * UNIT, dim / 2, q, dim, rows, dots + 16 * group, BLOCK_TOKENS);
+}
+
+INLINE void values_column(const int16_t *units, int stride, const int16_t *w, int rows, int dim, int32_t *out) {
+    add_units(units, stride, 32, w, BLOCK_TOKENS, rows, out, dim);
+}
+
+#include "generic.inc.h"
+
+#define KERNELS tqai_kernels_neon
+#define KERNELS_NAME "neon"
+#include "table.inc.h"

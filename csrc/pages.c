@@ -1,0 +1,85 @@
+/* pages.c: encode and decode whole pages, one task per page and head. */
+#include <string.h>
+
+#include "isa.h"
+#include "layout.h"
+#include "pool.h"
+
+typedef struct {
+    const tqai_page_format *format;
+    const tqai_kernels *kernels;
+    const tqai_source *keys, *values;
+    uint8_t *pages;
+    const uint8_t *raw;
+    void *out_keys, *out_values;
+    int64_t heads, total, chunk;
+    int32_t dtype;
+} job;
+
+static const void *row_at(const tqai_source *s, int64_t page, int64_t head) {
+    return (const char *)s->data + (page * s->strides[0] + head * s->strides[1]) * (s->dtype == TQAI_FLOAT32 ? 4 : 2);
+}
+
+static void encode_task(void *context, int task) {
+    const job *j = context;
+    const tqai_page_format *f = j->format;
+    for (int64_t i = task * j->chunk; i < (task + 1) * j->chunk && i < j->total; i++) {
+        uint8_t *page = j->pages + i * f->page_bytes;
+        j->kernels->encode_side(&f->key, 0, row_at(j->keys, i / j->heads, i % j->heads), j->keys->strides[2],
+                                j->keys->dtype, page, (uint16_t *)(page + f->key_scales_at));
+        j->kernels->encode_side(&f->value, 1, row_at(j->values, i / j->heads, i % j->heads), j->values->strides[2],
+                                j->values->dtype, page + f->value_codes_at, (uint16_t *)(page + f->value_scales_at));
+    }
+}
+
+static void decode_task(void *context, int task) {
+    const job *j = context;
+    const tqai_page_format *f = j->format;
+    const int64_t size = TQAI_PAGE_TOKENS * (j->dtype == TQAI_FLOAT32 ? 4 : 2);
+    for (int64_t i = task * j->chunk; i < (task + 1) * j->chunk && i < j->total; i++) {
+        const uint8_t *page = j->raw + i * f->page_bytes;
+        if (j->out_keys)
+            j->kernels->decode_side(&f->key, 0, page, (const uint16_t *)(page + f->key_scales_at), j->dtype,
+                                    (char *)j->out_keys + i * size * f->key.head_dim);
+        if (j->out_values)
+            j->kernels->decode_side(&f->value, 1, page + f->value_codes_at, (const uint16_t *)(page + f->value_scales_at),
+                                    j->dtype, (char *)j->out_values + i * size * f->value.head_dim);
+    }
+}
+
+static int served(const tqai_page_format *f) {
+    return tqai_served_dim(f->key.head_dim) && tqai_served_dim(f->value.head_dim) && tqai_served_bits(f->key.bits) &&
+           tqai_served_bits(f->value.bits);
+}
+
+static void spread(job *j, int threads, tqai_task task) {
+    const int64_t wanted = threads > 1 ? 8 * (int64_t)threads : 1;
+    j->chunk = (j->total + wanted - 1) / wanted;
+    tqai_parallel(threads, (int)((j->total + j->chunk - 1) / j->chunk), task, j);
+}
+
+int32_t tqai_encode(const tqai_page_format *format, const tqai_source *keys, const tqai_source *values,
+                    uint8_t *out, int64_t pages, int64_t heads, int32_t threads) {
+    if (!format || !keys || !values || !keys->data || !values->data || !out) return TQAI_NULL;
+    if ((uintptr_t)out % 2) return TQAI_UNALIGNED;
+    if (!served(format) || pages < 0 || heads < 1 || keys->dtype < 0 || keys->dtype > 2 || values->dtype < 0 ||
+        values->dtype > 2)
+        return TQAI_BAD_SIZE;
+    if (pages == 0) return TQAI_OK;
+    job j = {.format = format, .kernels = tqai_chosen(), .keys = keys, .values = values, .pages = out,
+             .heads = heads, .total = pages * heads};
+    spread(&j, threads, encode_task);
+    return TQAI_OK;
+}
+
+int32_t tqai_decode(const tqai_page_format *format, const uint8_t *raw, void *keys, void *values, int32_t dtype,
+                    int64_t pages, int32_t threads) {
+    if (!format || !raw) return TQAI_NULL;
+    if ((uintptr_t)raw % 2) return TQAI_UNALIGNED;
+    if (!served(format) || pages < 0 || dtype < 0 || dtype > 2) return TQAI_BAD_SIZE;
+    if (pages == 0) return TQAI_OK;
+    job j = {.format = format, .kernels = tqai_chosen(), .raw = raw, .out_keys = keys, .out_values = values,
+             .total = pages, .dtype = dtype};
+    spread(&j, threads, decode_task);
+    return TQAI_OK;
+}

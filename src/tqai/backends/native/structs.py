@@ -1,0 +1,200 @@
+"""The structures of `csrc/tqai.h`, and what a kernel needs to know of a page format."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqai.core.codec import Codec
+from tqai.core.page import PageFormat
+from tqai.core.rotation import hadamard_signs
+
+__all__ = ["AttendArgs", "Exact", "NativeFormat", "PageFormatStruct", "Source", "native_format", "refusal"]
+
+SERVED_BITS = (2, 3, 4, 8)
+MAX_HEAD_DIM = 256
+LARGEST_LEVEL = 8191
+BLOCK_TOKENS = 512
+"""Tokens whose weights share one step: BLOCK_TOKENS of csrc/isa.h."""
+HADAMARD_ROUNDS = {"haar": 0, "hadamard": 1, "hadamard2": 2}
+
+_i32, _i64, _f32, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class CodecStruct(ctypes.Structure):
+    """`tqai_codec`."""
+
+    _fields_ = [
+        ("head_dim", _i32),
+        ("bits", _i32),
+        ("rounds", _i32),
+        ("scale_norm", _i32),
+        ("signs", _pointer),
+        ("matrix", _pointer),
+        ("transposed", _pointer),
+        ("centroids", _pointer),
+        ("boundaries", _pointer),
+        ("levels", _pointer),
+        ("level_step", _f32),
+        ("largest_sum", _f32),
+        ("normaliser", _f32),
+    ]
+
+
+class PageFormatStruct(ctypes.Structure):
+    """`tqai_page_format`."""
+
+    _fields_ = [
+        ("key", CodecStruct),
+        ("value", CodecStruct),
+        ("key_scales_at", _i64),
+        ("value_codes_at", _i64),
+        ("value_scales_at", _i64),
+        ("page_bytes", _i64),
+    ]
+
+
+class Exact(ctypes.Structure):
+    """`tqai_exact`."""
+
+    _fields_ = [
+        ("keys", _pointer),
+        ("values", _pointer),
+        ("key_strides", _i64 * 3),
+        ("value_strides", _i64 * 3),
+        ("tokens", _i32),
+        ("key_dtype", _i32),
+        ("value_dtype", _i32),
+        ("first_column", _i32),
+    ]
+
+
+class AttendArgs(ctypes.Structure):
+    """`tqai_attend_args`."""
+
+    _fields_ = [
+        ("format", _pointer),
+        ("addresses", _pointer),
+        ("address_stride", _i64),
+        ("query", _pointer),
+        ("query_strides", _i64 * 3),
+        ("out", _pointer),
+        ("lse", _pointer),
+        ("mask", _pointer),
+        ("mask_strides", _i64 * 4),
+        ("exact", Exact * 2),
+        ("batch", _i32),
+        ("kv_heads", _i32),
+        ("group", _i32),
+        ("new_tokens", _i32),
+        ("pages", _i32),
+        ("first_token", _i32),
+        ("query_dtype", _i32),
+        ("threads", _i32),
+        ("causal", _i32),
+        ("scaling", _f32),
+        ("softcap", _f32),
+    ]
+
+
+class Source(ctypes.Structure):
+    """`tqai_source`."""
+
+    _fields_ = [("data", _pointer), ("strides", _i64 * 3), ("dtype", _i32)]
+
+
+@dataclass(frozen=True)
+class NativeFormat:
+    """A page format as the kernels know it.
+
+    Attributes:
+        struct: the C structure; `address` is where it lies.
+        arrays: what its pointers point to, kept alive.
+    """
+
+    struct: PageFormatStruct
+    address: int
+    arrays: tuple[NDArray[Any], ...]
+
+
+def refusal(codec: Codec) -> str | None:
+    """Why the kernels do not serve a codec, in a few words; None if they do."""
+    spec = codec.spec
+    if spec.name != "scalar":
+        return f"codec {spec.name!r} has no native kernel"
+    if spec.bits not in SERVED_BITS:
+        return f"{spec.bits} bits: 2, 3, 4 and 8 are served"
+    if spec.head_dim % 16 or spec.head_dim > MAX_HEAD_DIM or spec.head_dim // 16 % 4 == 3:
+        return f"head_dim {spec.head_dim}: served are multiples of 16 up to 256 but for 64 n + 48"
+    return None
+
+
+@lru_cache(maxsize=64)
+def native_format(page_format: PageFormat) -> NativeFormat:
+    """The structure of a page format whose codecs are not refused; one per format and process."""
+    arrays: list[NDArray[Any]] = []
+    struct = PageFormatStruct(
+        _codec_struct(page_format.key, page_format.key.spec.head_dim, arrays),
+        _codec_struct(page_format.value, BLOCK_TOKENS, arrays),
+        page_format.key_scales_at,
+        page_format.value_codes_at,
+        page_format.value_scales_at,
+        page_format.page_bytes,
+    )
+    return NativeFormat(struct, ctypes.addressof(struct), tuple(arrays))
+
+
+def integer_levels(codec: Codec, terms: int) -> tuple[NDArray[np.int16], float]:
+    """Whole numbers `[2**bits]` that stand for the centroids, and the step that they count.
+
+    An int32 must hold a sum of `terms` products, so finer levels mean coarser factors. Of all largest
+    levels up to 8191 the one is taken whose rounding errors (of levels, by how often each occurs in a
+    Gaussian, and of factors) are together the smallest, relative to the vector: 5e-5 to 3e-4.
+    """
+    tables = codec.tables()
+    centroids = tables["centroids"].astype(np.float64)
+    inner = tables["boundaries"].astype(np.float64) * math.sqrt(codec.spec.head_dim)
+    below = np.array([0.0, *(0.5 * (1.0 + math.erf(x / math.sqrt(2.0))) for x in inner), 1.0])
+    share = np.diff(below)
+    steps = np.abs(centroids).max() / np.arange(512, LARGEST_LEVEL + 1)
+    rounded = np.rint(centroids / steps[:, None])
+    squares = (share * centroids**2).sum()
+    of_levels = (share * (rounded * steps[:, None] - centroids) ** 2).sum(-1) / squares
+    of_factors = (terms * np.abs(rounded).max(-1) / 2.0**31) ** 2 / 12.0
+    best = int(np.argmin(of_levels + of_factors))
+    return rounded[best].astype(np.int16), float(np.float32(steps[best]))
+
+
+def _codec_struct(codec: Codec, terms: int, arrays: list[NDArray[Any]]) -> CodecStruct:
+    def keep(array: NDArray[Any], dtype: type[np.generic]) -> int:
+        kept = np.ascontiguousarray(array, dtype=dtype)
+        arrays.append(kept)
+        return int(kept.ctypes.data)
+
+    spec = codec.spec
+    tables = codec.tables()
+    levels, step = integer_levels(codec, terms)
+    rounds = HADAMARD_ROUNDS[spec.rotation]
+    matrix = codec.rotation_matrix if rounds == 0 else np.zeros((1, 1))
+    signs = hadamard_signs(spec.rotation, spec.head_dim, spec.seed) if rounds else np.zeros((1, 1))
+    return CodecStruct(
+        head_dim=spec.head_dim,
+        bits=spec.bits,
+        rounds=rounds,
+        scale_norm=int(spec.scale == "norm"),
+        signs=keep(signs, np.float32),
+        matrix=keep(matrix, np.float32),
+        transposed=keep(matrix.T, np.float32),
+        centroids=keep(tables["centroids"], np.float32),
+        boundaries=keep(tables["boundaries"], np.float32),
+        levels=keep(levels, np.int16),
+        level_step=step,
+        largest_sum=(2**31 - 1) / float(np.abs(levels).max()) - BLOCK_TOKENS,
+        normaliser=float(spec.head_dim) ** (-rounds / 2),
+    )
