@@ -1,0 +1,106 @@
+"""Launches the encoding and decoding kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+
+from tqai.backends.cuda.driver import kernel
+from tqai.backends.cuda.plan import code_shared_bytes, codec_macros, quantizer_cells, rotation_plan
+from tqai.core.page import PAGE_TOKENS, PageFormat
+
+__all__ = ["decode_pages", "encode_pages"]
+
+DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+THREADS = 256
+
+
+class _Side(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("source", "out", "plan", "levels", "cells")),
+        ("strides", ctypes.c_int64 * 3),
+        ("bucket_scale", ctypes.c_float),
+        ("buckets", ctypes.c_int32),
+        ("least_squares", ctypes.c_int32),
+    ]
+
+
+class _Params(ctypes.Structure):
+    _fields_ = [
+        ("pages", ctypes.c_uint64),
+        ("side", _Side * 2),
+        ("heads", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
+        ("back", ctypes.c_int32),
+    ]
+
+
+class _Prepared:
+    """Tables on the device for one page format."""
+
+    def __init__(self, page_format: PageFormat, device: torch.device) -> None:
+        self.params = _Params()
+        self.shared = 0
+        self._kept = []
+        for side, codec in zip(self.params.side, (page_format.key, page_format.value), strict=True):
+            cells, scale = quantizer_cells(codec)
+            tables = [torch.from_numpy(array.copy()).to(device) for array in (rotation_plan(codec), codec.tables()["centroids"], cells)]
+            self._kept += tables
+            side.plan, side.levels, side.cells = (table.data_ptr() for table in tables)
+            side.bucket_scale, side.buckets = scale, len(cells)
+            side.least_squares = int(codec.spec.scale == "least_squares")
+            self.shared = max(self.shared, code_shared_bytes(codec, len(cells)))
+
+
+@lru_cache(maxsize=64)
+def _prepared(page_format: PageFormat, device: torch.device) -> _Prepared:
+    return _Prepared(page_format, device)
+
+
+def encode_pages(keys: torch.Tensor, values: torch.Tensor, page_format: PageFormat, out: torch.Tensor) -> None:
+    """Compress `[pages, kv_heads, 64, head_dim]` into `out` uint8 `[pages, kv_heads, page_bytes]`, contiguous.
+
+    The last axis of the inputs is contiguous and their rows are aligned to 16 bytes.
+    """
+    ready = _prepared(page_format, keys.device)
+    params = _Params.from_buffer_copy(ready.params)
+    params.pages = out.data_ptr()
+    params.heads = keys.shape[1]
+    for side, array in zip(params.side, (keys, values), strict=True):
+        side.source = array.data_ptr()
+        side.strides[:] = array.stride()[:3]
+    _launch("tqai_encode", page_format, keys.dtype, keys.device, params, ready.shared, keys.shape[0] * keys.shape[1])
+
+
+def decode_pages(
+    raw: torch.Tensor, page_format: PageFormat, dtype: torch.dtype, rotated: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[pages, 64, head_dim]` of contiguous `raw` uint8 `[pages, page_bytes]`.
+
+    `rotated` leaves them in the space of the codes.
+    """
+    ready = _prepared(page_format, raw.device)
+    count = raw.shape[0]
+    outs = [
+        torch.empty(count, PAGE_TOKENS, codec.spec.head_dim, dtype=dtype, device=raw.device)
+        for codec in (page_format.key, page_format.value)
+    ]
+    params = _Params.from_buffer_copy(ready.params)
+    params.pages, params.heads, params.out_dtype, params.back = raw.data_ptr(), 1, OUT_CODES[dtype], int(not rotated)
+    for side, array in zip(params.side, outs, strict=True):
+        side.out = array.data_ptr()
+    _launch("tqai_decode", page_format, torch.float32, raw.device, params, ready.shared, count)
+    return outs[0], outs[1]
+
+
+def _launch(
+    entry: str, page_format: PageFormat, dtype: torch.dtype, device: torch.device, params: _Params, shared: int, blocks: int
+) -> None:
+    if blocks == 0:
+        return
+    macros = codec_macros(page_format, DTYPE_NAMES[dtype])
+    found = kernel("codes.cu", entry, macros, device, shared)
+    found.launch(params, (blocks, 2), THREADS, shared, torch.cuda.current_stream(device).cuda_stream)

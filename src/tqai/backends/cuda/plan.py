@@ -1,0 +1,153 @@
+"""What a kernel is told about a pair of codecs: macros, shared memory, tables. Pure arithmetic and numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqai.backends.cuda.layout import UNIT_DIMS, WIDTHS
+from tqai.core.codec import Codec
+from tqai.core.page import PageFormat
+from tqai.core.rotation import hadamard_signs
+
+__all__ = [
+    "COLUMNS",
+    "MAX_HEAD_DIM",
+    "Shape",
+    "attention_shared_bytes",
+    "choose_shape",
+    "codec_macros",
+    "code_shared_bytes",
+    "quantizer_cells",
+    "refuse_format",
+    "rotation_plan",
+]
+
+MAX_HEAD_DIM = 256
+COLUMNS = 4
+"""Query columns (heads of a group times new tokens) that one pass over the codes serves."""
+
+ROUNDS = {"haar": 0, "hadamard": 1, "hadamard2": 2}
+DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
+SHAPES = ((12, 2), (12, 1), (8, 2), (8, 1), (6, 1), (4, 1), (2, 1), (1, 1))
+CODE_WARPS = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Warps per block and page buffers per warp of the attention kernel."""
+
+    warps: int
+    stages: int
+
+
+def refuse_format(page_format: PageFormat) -> str | None:
+    """Why these codecs have no CUDA kernel, or None."""
+    for what, codec in (("keys", page_format.key), ("values", page_format.value)):
+        spec = codec.spec
+        if spec.name != "scalar":
+            return f"codec {spec.name!r} of {what} has no CUDA kernel"
+        if spec.bits not in WIDTHS:
+            return f"{what} of {spec.bits} bits: the kernels know {', '.join(map(str, WIDTHS))}"
+        if spec.head_dim % UNIT_DIMS or spec.head_dim > MAX_HEAD_DIM:
+            return f"head_dim {spec.head_dim} of {what} is no multiple of {UNIT_DIMS} up to {MAX_HEAD_DIM}"
+        if ROUNDS[spec.rotation] and spec.head_dim < 32:
+            return f"a Hadamard rotation of head_dim {spec.head_dim}: the kernels begin at 32"
+    return None
+
+
+def codec_macros(page_format: PageFormat, dtype: str) -> dict[str, int]:
+    """Macros common to all kernels."""
+    key, value = page_format.key.spec, page_format.value.spec
+    return {
+        "DK": key.head_dim,
+        "DV": value.head_dim,
+        "BK": key.bits,
+        "BV": value.bits,
+        "ROTK": ROUNDS[key.rotation],
+        "ROTV": ROUNDS[value.rotation],
+        "DTYPE": DTYPES[dtype],
+    }
+
+
+def attention_shared_bytes(page_format: PageFormat, shape: Shape, batch: int) -> int:
+    """Dynamic shared memory of one block, bytes; the parts are named in `attention.cu`."""
+    key, value = page_format.key.spec, page_format.value.spec
+    steps = (key.head_dim // UNIT_DIMS + 1) // 2
+    value_tables = 2 if value.bits in (4, 8) else 1
+    warps = shape.warps
+    return sum(
+        (
+            warps * shape.stages * page_format.page_bytes,
+            32768 * ((key.bits == 8) + (value.bits == 8)),
+            (warps + 1) * COLUMNS * (value.head_dim + 8) * 4,
+            (warps + 1) * COLUMNS * 8,
+            COLUMNS * key.head_dim * 8,
+            2 * 8 * (32 * steps + 16),
+            warps * value_tables * 544,
+            warps * shape.stages * 8,
+            COLUMNS * 8 + 16,
+            4 * (batch + 1),
+        )
+    )
+
+
+def choose_shape(page_format: PageFormat, shared_limit_bytes: int, batch: int) -> Shape | None:
+    """The first of `SHAPES` that fits into a block's shared memory."""
+    for warps, stages in SHAPES:
+        shape = Shape(warps, stages)
+        if attention_shared_bytes(page_format, shape, batch) <= shared_limit_bytes:
+            return shape
+    return None
+
+
+def code_shared_bytes(codec: Codec, buckets: int) -> int:
+    """Dynamic shared memory of `tqai_encode` and `tqai_decode` for one side, bytes."""
+    dim, bits = codec.spec.head_dim, codec.spec.bits
+    rounds = ROUNDS[codec.spec.rotation]
+    work = CODE_WARPS * (512 // dim) * (dim + 8) if rounds else CODE_WARPS * 4 * dim
+    byte_array = max(dim * 68, 64 * (dim + 4)) + 16
+    encode = 4 * work + byte_array + 8 * buckets + 4 * 2 ** (bits - 1)
+    decode = 4 * (64 * (dim + 1) + 2**bits)
+    return max(encode, decode) + 16
+
+
+def rotation_plan(codec: Codec) -> NDArray[np.float32]:
+    """Signs `[rounds, dim]`, the normaliser in the first row; or R transposed and R, `[2, dim, dim]`."""
+    spec = codec.spec
+    rounds = ROUNDS[spec.rotation]
+    if rounds == 0:
+        matrix = codec.rotation_matrix
+        return np.stack([matrix.T, matrix]).astype(np.float32)
+    signs = hadamard_signs(spec.rotation, spec.head_dim, spec.seed).astype(np.float64)
+    signs[0] *= spec.head_dim ** (-rounds / 2.0)
+    return signs.astype(np.float32)
+
+
+def quantizer_cells(codec: Codec) -> tuple[NDArray[np.float32], float]:
+    """Table that turns |coordinate| of a unit vector into a magnitude: one look and one comparison.
+
+    Bucket k covers [k, k + 1) / scale and holds (the one boundary in it or infinity, boundaries below it).
+
+    Returns:
+        float32 `[buckets, 2]` and the scale, buckets per unit.
+    """
+    boundaries = codec.tables()["boundaries"].astype(np.float64)
+    positive = boundaries[boundaries > 0]
+    if len(positive) == 0:
+        return np.array([[np.inf, 0.0]], dtype=np.float32), 1.0
+    gaps = np.diff(np.concatenate([[0.0], positive]))
+    buckets = 16
+    while True:
+        scale = np.float32(buckets / (positive[-1] + 0.5 * gaps[-1]))
+        # as the kernel computes it, in float32
+        owner = (positive.astype(np.float32) * scale).astype(np.int64)
+        if owner[-1] < buckets and len(np.unique(owner)) == len(owner):
+            break
+        buckets *= 2
+    cells = np.full((buckets, 2), np.inf, dtype=np.float32)
+    cells[:, 1] = np.searchsorted(owner, np.arange(buckets), side="left")
+    cells[owner, 0] = positive.astype(np.float32)
+    return cells, float(scale)
