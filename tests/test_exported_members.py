@@ -63,10 +63,11 @@ def test_quantizers_need_no_framework():
 
 
 def test_import_takes_under_200_ms():
-    code = "import time; t = time.perf_counter(); import tqai; print(time.perf_counter() - t)"
+    """Of processor time, which on a quiet machine is the time, and which neighbours disturb less."""
+    code = "import time; t = time.process_time(); import tqai; print(time.process_time() - t)"
     deadline = time.monotonic() + 20
     best = float(run_python(code))
-    while best >= 0.2 and time.monotonic() < deadline:  # a busy machine, not a slow import
+    while best >= 0.2 and time.monotonic() < deadline:
         best = min(best, float(run_python(code)))
     assert best < 0.2
 

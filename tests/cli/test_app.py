@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -50,11 +51,13 @@ def test_every_command_has_help_and_json(tqai_command, command):
 
 
 def test_help_takes_under_half_a_second():
-    deadline, best = time.monotonic() + 30, float("inf")
-    while best >= 0.5 and time.monotonic() < deadline:  # a busy machine, not a slow start
-        start = time.perf_counter()
+    """Of processor time, which on a quiet machine is the time, and which neighbours disturb less."""
+    deadline, best = time.monotonic() + 60, float("inf")
+    while best >= 0.5 and time.monotonic() < deadline:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process("--help").returncode == 0
-        best = min(best, time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert best < 0.5
 
 
