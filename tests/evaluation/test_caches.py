@@ -121,3 +121,18 @@ def test_sliding_layers_get_passes_of_their_own(text):
         got = sliding(text[None, 100:], past_key_values=cache, use_cache=True).logits
         expected = sliding(text[None]).logits[:, 100:]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "quanto-4"])
+def test_a_fork_goes_its_own_way(model, text, quanto, name):
+    from tqai.evaluation.prefill import fork_cache
+
+    maker = cache_maker(name, model)
+    source, filled = prefill_caches(model, text[None, :100], [cache_maker("dynamic", model), maker])
+    fork = fork_cache(filled, maker, source)
+    with torch.inference_mode():
+        first = model(text[None, 100:150], past_key_values=fork, use_cache=True).logits
+        assert (filled.get_seq_length(), fork.get_seq_length()) == (100, 150)
+        again = model(text[None, 100:150], past_key_values=filled, use_cache=True).logits
+    torch.testing.assert_close(first, again, rtol=0, atol=1e-6)
+    assert source.get_seq_length() == 100

@@ -9,12 +9,15 @@ what they occupy. numpy arrays count likewise.
 from __future__ import annotations
 
 import types
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tqai.backends import BACKENDS, load
+from tqai.core.codec import CodecSpec, make_codec
 from tqai.errors import InputError, UnsupportedError
 
 __all__ = ["bits_per_value", "held_bytes", "values_per_token"]
@@ -35,14 +38,23 @@ _OPAQUE = (
 )
 
 
-def held_bytes(cache: Any) -> int:
+def held_bytes(cache: Any, constants: bool = False) -> int:
     """Bytes of all tensor storages and numpy buffers reachable from `cache`, each counted once.
 
     Followed are attributes, slots, containers, bound methods, partials and closures. Not followed are
     modules with weights (`torch.nn.Module`), classes, Python modules and transformers configurations:
     a cache may point at its model without owning it. Python objects themselves are not counted, nor
     is memory that only foreign code knows of (a pointer kept as a number).
+
+    Args:
+        cache: a cache of any kind, or any object.
+        constants: count also the tables of the codecs and backends of this process, which all caches
+            share: rotation matrices and codebooks. Only the registered objects themselves are left out
+            without it; a copy of one counts.
     """
+    from transformers import PretrainedConfig
+
+    opaque = (*_OPAQUE, PretrainedConfig)
     storages: dict[tuple[str, int], int] = {}
 
     def count(place: tuple[str, int], size_bytes: int) -> None:
@@ -54,7 +66,9 @@ def held_bytes(cache: Any) -> int:
     pending: list[Any] = [cache]
     while pending:
         item = pending.pop()
-        if isinstance(item, _OPAQUE) or id(item) in seen or _is_config(item):
+        if isinstance(item, opaque) or id(item) in seen:
+            continue
+        if not constants and _is_constant(item):
             continue
         seen.add(id(item))
         alive.append(item)
@@ -172,7 +186,16 @@ def _filled(cell: types.CellType) -> bool:
     return True
 
 
-def _is_config(item: Any) -> bool:
-    from transformers import PretrainedConfig
-
-    return isinstance(item, PretrainedConfig)
+def _is_constant(item: Any) -> bool:
+    """Whether `item` is the one codec of its spec, or the one backend of its name, in this process."""
+    module = type(item).__module__
+    if module.startswith("tqai.core."):
+        spec = getattr(item, "spec", None)
+        if not isinstance(spec, CodecSpec):
+            return False
+        # It is registered under the spec that was asked for, and names the rotation that "auto" became.
+        return any(make_codec(replace(spec, rotation=asked)) is item for asked in (spec.rotation, "auto"))
+    if module.startswith("tqai.backends."):
+        name = getattr(item, "name", None)
+        return isinstance(name, str) and name in BACKENDS and load(name) is item
+    return False

@@ -77,6 +77,7 @@ def plot_kl_against_bits(points: Sequence[PlotPoint], path: Path, title: str) ->
                     color=colour,
                 )
         axes.set_yscale("log")
+        axes.margins(x=0.14, y=0.1)
         axes.set_xlabel("bits per value held, everything included")
         axes.set_ylabel("KL against the uncompressed cache, nats per token")
         axes.set_title(title)

@@ -7,6 +7,7 @@ for all: each layer's go into each cache through its own `update`, exactly as th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from tqai.evaluation.chunked import run_tokens
 
-__all__ = ["fill_from", "prefill_caches"]
+__all__ = ["fill_from", "fork_cache", "prefill_caches"]
 
 
 def prefill_caches(model: Any, input_ids: Tensor, makers: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -46,3 +47,18 @@ def fill_from(source: Any, target: Any) -> None:
     with torch.inference_mode():
         for index, layer in enumerate(source.layers):
             target.update(layer.keys, layer.values, index)
+
+
+def fork_cache(filled: Any, make: Callable[[], Any], source: Any) -> Any:
+    """A copy of the cache `filled` that can be written to.
+
+    Where it cannot be copied (optimum-quanto's tensors refuse `copy.deepcopy` with a RuntimeError), a new
+    one of `make`, filled from `source`: a `DynamicCache` of full-attention layers with the same tokens.
+    """
+    try:
+        with torch.inference_mode():
+            return copy.deepcopy(filled)
+    except RuntimeError:
+        fresh = make()
+        fill_from(source, fresh)
+        return fresh

@@ -16,10 +16,9 @@ import torch
 from tqai.demo.retrieval import is_correct, make_prompt
 from tqai.errors import InputError
 from tqai.evaluation.caches import CacheMaker, cache_maker
-from tqai.evaluation.chunked import run_tokens
 from tqai.evaluation.greedy import first_divergence, greedy_decode
 from tqai.evaluation.intervals import Interval, wilson
-from tqai.evaluation.prefill import fill_from, prefill_caches
+from tqai.evaluation.prefill import fork_cache, prefill_caches
 
 __all__ = ["Answer", "RetrievalReport", "RetrievalTask", "evaluate_retrieval", "make_tasks", "split_prompt"]
 
@@ -150,16 +149,19 @@ def evaluate_retrieval(
     """
     if not any(task.questions for task in tasks):
         raise InputError("no questions")
-    reference = cache_maker("dynamic", model, label="reference")
+    everyone = [cache_maker("dynamic", model, label="reference"), *makers]
     answers: dict[str, list[Answer]] = {maker.name: [] for maker in makers}
     done = 0
     for task in tasks:
         document, questions = split_prompt(tokenizer, task)
-        source = prefill_caches(model, torch.tensor([document], device=model.device), [reference])[0]
+        batch = torch.tensor([document], device=model.device)
+        filled = prefill_caches(model, batch, everyone)
         for index, question in enumerate(questions):
-            told = _decode(model, tokenizer, source, document, question, reference)
-            for maker in makers:
-                got = _decode(model, tokenizer, source, document, question, maker)
+            said = [
+                _decode(model, tokenizer, question, fork_cache(cache, maker, filled[0]))
+                for cache, maker in zip(filled, everyone, strict=True)
+            ]
+            for maker, got in zip(makers, said[1:], strict=True):
                 text = tokenizer.decode(got, skip_special_tokens=True)
                 answers[maker.name].append(
                     Answer(
@@ -168,7 +170,7 @@ def evaluate_retrieval(
                         expected=task.answers[index],
                         prompt_tokens=len(document) + len(question),
                         depth=task.depths[index],
-                        first_divergence=first_divergence(told, got),
+                        first_divergence=first_divergence(said[0], got),
                     )
                 )
             done += 1
@@ -194,17 +196,8 @@ def split_prompt(tokenizer: Any, task: RetrievalTask) -> tuple[list[int], list[l
     return prompts[0][:shared], [ids[shared:] for ids in prompts]
 
 
-def _decode(
-    model: Any, tokenizer: Any, source: Any, document: list[int], question: list[int], maker: CacheMaker
-) -> list[int]:
-    """The continuation with a new cache of `maker` that is filled from `source`."""
-    from transformers.cache_utils import DynamicLayer
-
-    cache = maker()
-    if all(type(layer) is DynamicLayer for layer in source.layers):
-        fill_from(source, cache)
-    else:
-        run_tokens(model, torch.tensor([document], device=model.device), cache, last_only=True)
+def _decode(model: Any, tokenizer: Any, question: list[int], cache: Any) -> list[int]:
+    """The continuation of what `cache` holds and the question. Changes the cache."""
 
     def finished(ids: list[int]) -> bool:
         ended = ids[-1] == getattr(tokenizer, "eos_token_id", None)
