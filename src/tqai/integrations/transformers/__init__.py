@@ -5,6 +5,9 @@
     handles.py    what `update` returns instead of tensors, so that nothing is decompressed
     attention.py  the registered attention and mask functions, which read the handles
     patching.py   patch and unpatch
+    saving.py     what a saved cache holds beside its layers
+
+This package alone imports transformers.
 """
 
 from tqai.integrations.transformers.cache import TurboQuantCache

@@ -22,6 +22,8 @@ from tqai.integrations.transformers.handles import KeyHandle, KeyValuePair, Valu
 __all__ = ["NAME", "register"]
 
 NAME = "tqai"
+SEES_ALL = "_tqai_sees_all"
+"""Attribute of a mask tensor of a one-token step: whether it is True everywhere."""
 
 
 def register() -> None:
@@ -76,7 +78,9 @@ def tqai_mask(
     """The mask of a step: None where it is plainly causal, else bool `[batch, 1, new_tokens, tokens]`.
 
     transformers leaves the mask out for one-token steps and whole prompts; here also for a chunk
-    that continues a cache, whose mask would have chunk times history elements.
+    that continues a cache, whose mask would have chunk times history elements. A local mask (sliding
+    or chunked, which cannot be told apart here) is written out as soon as a token is out of sight;
+    for one-token steps it is marked where it hides nothing, so that attention on codes can ignore it.
     """
     rest = {"mask_function": mask_function, "attention_mask": attention_mask, "local_size": local_size}
     skips = {
@@ -93,12 +97,24 @@ def tqai_mask(
         and not allow_is_bidirectional_skip
         and not torch.compiler.is_compiling()
         and query_offset + query_length == kv_offset + kv_length
-        and (local_size is None or kv_length <= local_size)
-        and (attention_mask is None or bool(attention_mask.all()))
+        and (local_size is None or (kv_offset == 0 and kv_length < local_size))
+        and _hides_nothing(attention_mask, kv_offset + kv_length)
     ):
         return None
     mask: Tensor | None = sdpa_mask(*args, **rest, **skips, **kwargs)
+    compiling = torch.compiler.is_compiling()
+    if mask is None and query_length != kv_length and query_length != 1:
+        # the prompt of a static cache, whose room is larger than it: written out, because no mask means
+        # here that the queries are the newest tokens
+        mask = sdpa_mask(*args, **rest, **{**skips, "allow_is_causal_skip": False}, **kwargs)
+    elif mask is not None and query_length == 1 and local_size is not None and not compiling:
+        setattr(mask, SEES_ALL, bool(mask.all()))
     return mask
+
+
+def _hides_nothing(padding: Tensor | None, tokens: int) -> bool:
+    """Whether a padding mask `[batch, tokens]` hides no token; what it is too short for is hidden."""
+    return padding is None or (padding.shape[-1] >= tokens and bool(padding.all()))
 
 
 def _pair_of(key: Any, value: Any) -> KeyValuePair | None:
@@ -114,7 +130,7 @@ def _explicit_mask(
     modules that are not causal."""
     new_tokens = query.shape[2]
     if mask is not None:
-        return mask[..., :tokens]
+        return None if getattr(mask, SEES_ALL, False) else mask[..., :tokens]
     if new_tokens > 1 and not _is_causal(module, kwargs):
         return torch.ones((1, 1, new_tokens, tokens), dtype=torch.bool, device=query.device)
     return None

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 from tqai.cache.memory import MemoryReport
 from tqai.config import CacheConfig
 from tqai.errors import ConfigError, UnsupportedError
-from tqai.integrations.transformers.layers import TurboQuantLayer, compressed_form
+from tqai.integrations.transformers.layers import TurboQuantLayer, compressed_form, is_compressible
 from tqai.integrations.transformers.saving import fingerprint, load, save
 
 __all__ = ["TurboQuantCache"]
@@ -49,7 +49,7 @@ class TurboQuantCache(DynamicCache):
 
         Raises:
             ConfigError: a setting is out of range, or contradicts another.
-            UnsupportedError: offloading, or an encoder-decoder model.
+            UnsupportedError: offloading, an encoder-decoder model, or one without layers to compress.
         """
         if offloading:
             raise UnsupportedError(
@@ -59,18 +59,26 @@ class TurboQuantCache(DynamicCache):
         self.settings = _settings(bits, config, settings)
         model_config = model if model is None or isinstance(model, PreTrainedConfig) else _config_of(model)
         if model_config is not None and getattr(model_config, "is_encoder_decoder", False):
-            raise UnsupportedError("encoder-decoder models are not supported; allowed are decoder-only models")
+            raise UnsupportedError(
+                f"{type(model).__name__} is of an encoder-decoder model: allowed are decoder-only models"
+            )
+        super().__init__(config=model_config)
+        if self.layer_class_to_replicate is not None:
+            self.layer_class_to_replicate = self._next_layer
+        elif not any(is_compressible(layer) for layer in self.layers) or not _takes_dynamic_cache(model):
+            raise UnsupportedError(
+                f"{type(model).__name__} has no attention layers with a dynamic cache, so there is nothing "
+                "to compress: leave tqai out"
+            )
         self.on_codes = False
         if model is not None and model is not model_config:
             from tqai.integrations.transformers.patching import attend_on_codes
 
             self.on_codes = attend_on_codes(model)
         self.made_for = None if model is None else fingerprint(model)
-        super().__init__(config=model_config)
-        if self.layer_class_to_replicate is not None:
-            self.layer_class_to_replicate = self._next_layer
         self.layers = [
-            compressed_form(layer, self.settings, index, self.on_codes) for index, layer in enumerate(self.layers)
+            compressed_form(layer, self.settings, index, self.on_codes)
+            for index, layer in enumerate(self.layers)
         ]
 
     def memory(self) -> MemoryReport:
@@ -107,6 +115,13 @@ def _settings(bits: int | None, config: CacheConfig | str | None, changes: dict[
     if isinstance(config, CacheConfig):
         return CacheConfig.from_dict({**config.to_dict(), **changes})
     raise ConfigError(f"config={config!r}: allowed are a CacheConfig, the name of a preset and None")
+
+
+def _takes_dynamic_cache(model: Any) -> bool:
+    """Whether `generate` of the model's class would make it a `DynamicCache`: a few models keep a cache
+    of their own kind, which only the class knows."""
+    asked = getattr(model, "_supports_default_dynamic_cache", None)
+    return asked is None or bool(asked())
 
 
 def _config_of(model: Any) -> PreTrainedConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,13 @@ from tqai.cache.memory import MemoryReport
 from tqai.config import CacheConfig
 from tqai.integrations.transformers.handles import KeyValuePair
 
-__all__ = ["TurboQuantHybridLayer", "TurboQuantLayer", "TurboQuantSlidingLayer", "compressed_form"]
+__all__ = [
+    "TurboQuantHybridLayer",
+    "TurboQuantLayer",
+    "TurboQuantSlidingLayer",
+    "compressed_form",
+    "is_compressible",
+]
 
 
 class _Compressed:
@@ -27,7 +34,9 @@ class _Compressed:
     store: CompressedLayer
     on_codes: bool
 
-    def _adopt(self, config: CacheConfig, index: int, on_codes: bool, sliding_window: int | None = None) -> None:
+    def _adopt(
+        self, config: CacheConfig, index: int, on_codes: bool, sliding_window: int | None = None
+    ) -> None:
         self.store = CompressedLayer(config, index, sliding_window)
         self.on_codes = on_codes and config.cache_strategy in ("auto", "residual")
 
@@ -187,12 +196,23 @@ class TurboQuantHybridLayer(_Compressed, LinearAttentionAndFullAttentionLayer):
         _Compressed.reorder_cache(self, beam_idx)
 
 
+def is_compressible(layer: Any) -> bool:
+    """Whether `compressed_form` has a form of ours for an empty layer of transformers."""
+    return type(layer) in _FORMS
+
+
 def compressed_form(layer: Any, config: CacheConfig, index: int, on_codes: bool) -> Any:
     """Our layer in place of an empty layer of transformers; layers of other kinds as they are."""
-    if type(layer) is DynamicLayer:
-        return TurboQuantLayer(config, index, on_codes)
-    if type(layer) is DynamicSlidingWindowLayer:
-        return TurboQuantSlidingLayer(layer.sliding_window, config, index, on_codes)
-    if type(layer) is LinearAttentionAndFullAttentionLayer:
-        return TurboQuantHybridLayer(config, index, on_codes, layer.number_of_states)
-    return layer
+    form = _FORMS.get(type(layer))
+    return layer if form is None else form(layer, config, index, on_codes)
+
+
+_FORMS: dict[type, Callable[..., Any]] = {
+    DynamicLayer: lambda layer, *given: TurboQuantLayer(*given),
+    DynamicSlidingWindowLayer: lambda layer, *given: TurboQuantSlidingLayer(layer.sliding_window, *given),
+    LinearAttentionAndFullAttentionLayer: lambda layer, *given: TurboQuantHybridLayer(
+        *given, number_of_states=layer.number_of_states
+    ),
+}
+"""transformers' layer -> how ours is made of it. Exact types: a subclass may keep more than keys and
+values (sparse attention keeps an index)."""

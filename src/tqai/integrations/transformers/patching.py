@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
-
-from torch import nn
 
 from tqai.config import CacheConfig
-from tqai.errors import ConfigError, UnsupportedError
+from tqai.errors import ConfigError
 from tqai.integrations.transformers.attention import NAME, register
 from tqai.integrations.transformers.cache import TurboQuantCache
 
 __all__ = ["attend_on_codes", "patch", "unpatch"]
 
 CACHE_IMPLEMENTATION = "turboquant"
-_original_attention: WeakKeyDictionary[nn.Module, str | dict[str, str]] = WeakKeyDictionary()
+DYNAMIC_BY_DEFAULT = "hybrid"
+"""Some checkpoints name this in their generation config, and transformers reads it as "none named"."""
+ORIGINAL_ATTENTION = "_tqai_original_attention"
+"""Attribute of a model whose attention is tqai's: what it was before. On the model, so that a copy
+of the model can be unpatched too."""
 
 
 def patch(
@@ -45,7 +48,7 @@ def patch(
 
     Raises:
         ConfigError: a setting is out of range, or given beside `config`.
-        UnsupportedError: an encoder-decoder model.
+        UnsupportedError: an encoder-decoder model, or one without attention layers to compress.
     """
     given = {
         "bits_k": bits_k,
@@ -61,77 +64,137 @@ def patch(
         defaults = CacheConfig().to_dict()
         changed = sorted(name for name, value in given.items() if value != defaults.get(name, object()))
         if changed:
-            raise ConfigError(f"config={config!r} is given beside {', '.join(changed)}: allowed is one of the two")
+            raise ConfigError(
+                f"config={config!r} is given beside {', '.join(changed)}: allowed is one of the two"
+            )
         given = {"config": config}
     cache = TurboQuantCache(model, **given)
-    unpatch_generate(model)
-    model.generate = PatchedGenerate(model, cache.settings)
+    model = _uncompiled(model)
+    _unpatch_generate(model)
+    model.generate = PatchedGenerate(model, model.generate, vars(model).get("generate"), cache.settings)
     return cache
 
 
 def unpatch(model: Any) -> None:
     """Undo `patch`, and what constructing a `TurboQuantCache` with the model did. Harmless when
     there is nothing to undo. Caches made before stay usable, without attention on codes."""
-    unpatch_generate(model)
-    original = _original_attention.pop(model, None)
+    model = _uncompiled(model)
+    _unpatch_generate(model)
+    original = vars(model).get(ORIGINAL_ATTENTION)
     if original is not None:
+        delattr(model, ORIGINAL_ATTENTION)
         model.set_attn_implementation(original)
-
-
-def unpatch_generate(model: Any) -> None:
-    """Give the model its own `generate` back."""
-    if isinstance(model.__dict__.get("generate"), PatchedGenerate):
-        del model.generate
 
 
 def attend_on_codes(model: Any) -> bool:
     """Switch the model's attention to tqai's; False if the model does not take one (its cache then
     decompresses one layer at a time)."""
     register()
-    current = getattr(model.config, "_attn_implementation", None)
-    if current == NAME:
+    model = _uncompiled(model)
+    decoder = model.config.get_text_config(decoder=True)
+    if decoder._attn_implementation == NAME:
         return True
     if not hasattr(model, "set_attn_implementation"):
         return False
-    original: dict[str, str] = {"": current}
-    for name in getattr(model.config, "sub_configs", {}):
-        sub_config = getattr(model.config, name, None)
-        if sub_config is not None:
-            original[name] = sub_config._attn_implementation
+    original = _attention_of(model.config)
     model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    if decoder._attn_implementation != NAME:
+        model.set_attn_implementation(original)
         return False
-    _original_attention[model] = original if len(original) > 1 else current
+    setattr(model, ORIGINAL_ATTENTION, original)
     return True
 
 
 @dataclass
 class PatchedGenerate:
-    """Stands in for `model.generate`: gives a call without a cache a fresh compressed one."""
+    """Stands in for `model.generate`: gives a call without a cache a fresh compressed one.
+
+    Attributes:
+        original: the model's own `generate`.
+        restore: what the model itself (rather than its class) held as `generate` before, or None.
+        settings: the fresh caches' settings.
+    """
 
     model: Any
+    original: Callable[..., Any]
+    restore: Any
     settings: CacheConfig
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`model.generate`, with `past_key_values` filled in where the caller left it open."""
-        original = type(self.model).generate
-        config = kwargs.get("generation_config")
-        wanted = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
+    def __call__(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate`, with `past_key_values` filled in where the caller left it open.
+
+        Raises:
+            ConfigError: `cache_implementation="turboquant"` beside a cache of another kind.
+        """
+        defaults = getattr(self.model, "generation_config", None)
+        wanted, by_default = kwargs.get("cache_implementation"), False
+        if wanted is None and generation_config is not None:
+            wanted = generation_config.cache_implementation
+        if wanted is None:
+            wanted, by_default = getattr(defaults, "cache_implementation", None), True
         if wanted == CACHE_IMPLEMENTATION:
             kwargs.pop("cache_implementation", None)
-            if getattr(config, "cache_implementation", None) == CACHE_IMPLEMENTATION:
-                config = type(config).from_dict({**config.to_dict(), "cache_implementation": None})
-                kwargs["generation_config"] = config
-        elif wanted is not None:
-            return original(self.model, *args, **kwargs)
-        use_cache = kwargs.get("use_cache", getattr(config, "use_cache", True))
-        if kwargs.get("past_key_values") is None and use_cache is not False:
-            kwargs["past_key_values"] = TurboQuantCache(self.model, config=self.settings)
-        return original(self.model, *args, **kwargs)
+            if by_default and generation_config is None:
+                generation_config = defaults
+            generation_config = _without_implementation(generation_config)
+        elif wanted is not None and not (by_default and wanted == DYNAMIC_BY_DEFAULT):
+            return self.original(inputs, generation_config, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        if cache is None and self._uses_cache(generation_config, kwargs):
+            cache = kwargs["past_key_values"] = TurboQuantCache(self.model, config=self.settings)
+            if getattr(generation_config, "is_assistant", None):
+                # as transformers does for the cache that it makes for an assistant
+                cache.activate_past_recording()
+        elif cache is not None and wanted == CACHE_IMPLEMENTATION and not isinstance(cache, TurboQuantCache):
+            raise ConfigError(
+                f"cache_implementation={wanted!r} beside past_key_values of {type(cache).__name__}: "
+                "allowed is one of the two"
+            )
+        if getattr(defaults, "cache_implementation", None) == CACHE_IMPLEMENTATION:
+            return self._with_clean_defaults(inputs, generation_config, *args, **kwargs)
+        return self.original(inputs, generation_config, *args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PatchedGenerate:
-        """A copied model generates with itself, not with the model it was copied from."""
-        copied = memo.get(id(self.model))
-        if copied is None:
-            raise UnsupportedError("copy the model, not its generate")
-        return PatchedGenerate(copied, self.settings)
+    def _uses_cache(self, generation_config: Any, kwargs: dict[str, Any]) -> bool:
+        sources = (generation_config, getattr(self.model, "generation_config", None))
+        given = [kwargs.get("use_cache"), *(getattr(source, "use_cache", None) for source in sources)]
+        return next((value for value in given if value is not None), True) is not False
+
+    def _with_clean_defaults(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` while the model's own generation config does not name a cache of ours, which
+        transformers would refuse."""
+        held = self.model.generation_config
+        self.model.generation_config = _without_implementation(held)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.model.generation_config = held
+
+
+def _without_implementation(generation_config: Any) -> Any:
+    if getattr(generation_config, "cache_implementation", None) != CACHE_IMPLEMENTATION:
+        return generation_config
+    generation_config = copy.copy(generation_config)
+    generation_config.cache_implementation = None
+    return generation_config
+
+
+def _unpatch_generate(model: Any) -> None:
+    """Give the model its own `generate` back."""
+    patched = vars(model).get("generate")
+    if isinstance(patched, PatchedGenerate):
+        del model.generate
+        if patched.restore is not None:
+            model.generate = patched.restore
+
+
+def _attention_of(config: Any) -> str | dict[str, Any]:
+    """The attention implementation of a config and its sub-configs, as `set_attn_implementation` takes it."""
+    own: str = config._attn_implementation
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    return {"": own, **{name: _attention_of(part) for name, part in parts.items()}} if parts else own
+
+
+def _uncompiled(model: Any) -> Any:
+    """The model inside what `torch.compile(model)` returns; any other model as it is."""
+    return getattr(model, "_orig_mod", model)

@@ -85,12 +85,16 @@ def load(cls: type[CacheT], path: str | PathLike[str], model: Any) -> CacheT:
         settings, layers, made_for = header["settings"], header["layers"], header["model"]
         config = CacheConfig.from_dict(settings)
     except (KeyError, ConfigError) as error:
-        raise CorruptFileError(f"{path}: the header is incomplete or holds an unknown setting: {error}") from error
+        raise CorruptFileError(
+            f"{path}: the header is incomplete or holds an unknown setting: {error}"
+        ) from error
     if model is not None and made_for is not None:
         here = fingerprint(model)
         for part, digest in made_for.items():
             if digest is not None and here.get(part) is not None and digest != here[part]:
-                raise ModelMismatchError(f"{path} belongs to another model: its {part} differs from the one given")
+                raise ModelMismatchError(
+                    f"{path} belongs to another model: its {part} differs from the one given"
+                )
     cache: Any = cls(model, config=config)
     if model is None:
         cache.layer_class_to_replicate = None
@@ -107,7 +111,9 @@ def load(cls: type[CacheT], path: str | PathLike[str], model: Any) -> CacheT:
     device = torch.device(getattr(model, "device", "cpu"))
     for index, (layer, about) in enumerate(zip(cache.layers, layers, strict=True)):
         prefix = f"layers.{index}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+        }
         import_layer(layer.store, own, about, device)
     loaded: CacheT = cache
     return loaded
