@@ -67,18 +67,19 @@ static void rotate_queries(const job *j, const place *at) {
     const tqai_codec *key = &j->args->format->key;
     const int dim = key->head_dim;
     float x[16 * TQAI_MAX_HEAD_DIM], row[TQAI_MAX_HEAD_DIM];
-    for (int first = 0; first < j->rows; first += 16) {
-        const int count = j->rows - first < 16 ? j->rows - first : 16;
-        memset(x, 0, sizeof(float) * 16 * (size_t)dim);
+    const int lanes = j->rows <= 4 ? 4 : 16;
+    for (int first = 0; first < j->rows; first += lanes) {
+        const int count = j->rows - first < lanes ? j->rows - first : lanes;
+        memset(x, 0, sizeof(float) * (size_t)(lanes * dim));
         for (int l = 0; l < count; l++) {
             load_query(j, at, first + l, row);
-            for (int d = 0; d < dim; d++) x[16 * d + l] = row[d];
+            for (int d = 0; d < dim; d++) x[lanes * d + l] = row[d];
         }
-        j->kernels->rotate16(key, x, 0);
+        j->kernels->rotate(key, x, lanes, 0);
         for (int l = 0; l < count; l++) {
             float most = 0.0f, total = 0.0f;
             for (int d = 0; d < dim; d++) {
-                const float magnitude = fabsf(x[16 * d + l]);
+                const float magnitude = fabsf(x[lanes * d + l]);
                 most = magnitude > most ? magnitude : most;
                 total += magnitude;
             }
@@ -90,7 +91,7 @@ static void rotate_queries(const job *j, const place *at) {
                 continue;
             }
             const float up = fminf(32767.0f / most, key->largest_sum / total);
-            for (int d = 0; d < dim; d++) q[d] = (int16_t)lrintf(x[16 * d + l] * up);
+            for (int d = 0; d < dim; d++) q[d] = (int16_t)lrintf(x[lanes * d + l] * up);
             *factor = key->level_step / up;
         }
     }
@@ -182,10 +183,11 @@ static void merge(const job *j, const place *at) {
     const size_t first = at->first_row - (size_t)at->part * (size_t)j->rows, rows = (size_t)j->rows;
     const float limit = a->query_dtype == TQAI_FLOAT16 ? 65504.0f : a->query_dtype == TQAI_BFLOAT16 ? 0x1.fep127f : FLT_MAX;
     float x[16 * TQAI_MAX_HEAD_DIM], row[TQAI_MAX_HEAD_DIM];
-    for (int start = 0; start < j->rows; start += 16) {
-        const int count = j->rows - start < 16 ? j->rows - start : 16;
+    const int lanes = j->rows <= 4 ? 4 : 16;
+    for (int start = 0; start < j->rows; start += lanes) {
+        const int count = j->rows - start < lanes ? j->rows - start : lanes;
         float largest[16], total[16], exact_weight[16] = {0};
-        memset(x, 0, sizeof(float) * 16 * (size_t)dim);
+        memset(x, 0, sizeof(float) * (size_t)(lanes * dim));
         for (int l = 0; l < count; l++) {
             const size_t r = first + (size_t)(start + l);
             largest[l] = -INFINITY;
@@ -198,17 +200,17 @@ static void merge(const job *j, const place *at) {
                 total[l] += s->max == -INFINITY ? s->sum : s->sum * weight; /* 0 or NaN where nothing was seen */
                 if (p == j->history_parts) exact_weight[l] = weight;
                 else if (weight != 0.0f)
-                    for (int d = 0; d < dim; d++) x[16 * d + l] += weight * acc[d];
+                    for (int d = 0; d < dim; d++) x[lanes * d + l] += weight * acc[d];
             }
         }
-        j->kernels->rotate16(value, x, 1);
+        j->kernels->rotate(value, x, lanes, 1);
         for (int l = 0; l < count; l++) {
             const int r = start + l;
             const float *acc = j->acc + (first + (size_t)r + (size_t)j->history_parts * rows) * (size_t)dim;
             const float divide = total[l] == 0.0f ? 0.0f : 1.0f / total[l];
             const int with_exact = j->parts > j->history_parts && exact_weight[l] != 0.0f;
             for (int d = 0; d < dim; d++) {
-                const float sum = x[16 * d + l] + (with_exact ? exact_weight[l] * acc[d] : 0.0f);
+                const float sum = x[lanes * d + l] + (with_exact ? exact_weight[l] * acc[d] : 0.0f);
                 const float mean = sum * divide * VALUE_UP;
                 row[d] = mean > limit ? limit : mean < -limit ? -limit : mean;
             }

@@ -41,8 +41,8 @@ typedef struct {
                         int64_t key_stride, int key_dtype, const void *values, int64_t value_stride,
                         int value_dtype, const block_mask *mask, float softcap, int tokens,
                         row_state *state, float *acc);
-    /* y = R x (inverse: x = R^T y) of 16 rows at once; lanes are rows: x [head_dim][16]. */
-    void (*rotate16)(const tqai_codec *codec, float *x, int inverse);
+    /* y = R x (inverse: x = R^T y) in place, of 4 or 16 rows at once: x [head_dim][lanes]. */
+    void (*rotate)(const tqai_codec *codec, float *x, int lanes, int inverse);
     /* rows [n][dim] of dtype to float and back. */
     void (*to_float)(const void *from, int dtype, int n, float *to);
     void (*from_float)(const float *from, int dtype, int n, void *to);

@@ -16,10 +16,12 @@
 #include "isa.h"
 #include "layout.h"
 
+#include "vec_avx2.h"
 #include "convert.inc.h"
 #include "rotate.inc.h"
 #include "codes.inc.h"
 #include "softmax.inc.h"
+#include "exact.inc.h"
 
 #define INLINE static inline __attribute__((always_inline))
 

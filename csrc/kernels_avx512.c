@@ -18,10 +18,12 @@
 #include "isa.h"
 #include "layout.h"
 
+#include "vec_avx512.h"
 #include "convert.inc.h"
 #include "rotate.inc.h"
 #include "codes.inc.h"
 #include "softmax.inc.h"
+#include "exact.inc.h"
 
 #define INLINE static inline __attribute__((always_inline))
 

@@ -5,10 +5,12 @@
 #include "isa.h"
 #include "layout.h"
 
+#include "vec_scalar.h"
 #include "convert.inc.h"
 #include "rotate.inc.h"
 #include "codes.inc.h"
 #include "softmax.inc.h"
+#include "exact.inc.h"
 
 static void load_levels(const tqai_codec *codec, const uint8_t *codes, int16_t *restrict level) {
     const int bits = codec->bits == 3 ? 2 : codec->bits, per_line = 16 / bits, units = 2 * codec->head_dim;

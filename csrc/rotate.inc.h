@@ -1,51 +1,31 @@
-/* rotate.inc.h: the rotation of 16 rows at once; included by each ISA's file.
+/* rotate.inc.h: the rotation of 4 or 16 rows at once; included by each ISA's file after its vec_*.h.
  *
- * x is [head_dim][16]: the 16 lanes are rows, so every step is a plain vector operation. No fused
+ * x is [head_dim][lanes]: lanes are rows, so every step is a plain vector operation. No fused
  * multiply-add and a fixed order of sums: every instruction set gives the same bits.
  */
 
-static void hadamard16(float *restrict x, int dim) {
-    for (int half = 1; half < dim; half *= 2)
-        for (int start = 0; start < dim; start += 2 * half)
-            for (int i = start; i < start + half; i++) {
-                float *restrict low = x + 16 * i, *restrict high = x + 16 * (i + half);
-                for (int l = 0; l < 16; l++) {
-                    float a = low[l], b = high[l];
-                    low[l] = a + b;
-                    high[l] = a - b;
-                }
-            }
-}
+/* 16 lanes in vectors of the instruction set's width. */
+#define T vf
+#define W VL
+#define NAME(x) x##_wide
+#include "rotate_vector.inc.h"
+#undef T
+#undef W
+#undef NAME
 
-static void scale_rows16(float *restrict x, int dim, const float *restrict by) {
-    for (int i = 0; i < dim; i++)
-        for (int l = 0; l < 16; l++) x[16 * i + l] *= by[i];
-}
+/* 4 lanes in vectors of 4, which every served instruction set has. */
+typedef float four __attribute__((vector_size(16)));
+#define T four
+#define W 4
+#define NAME(x) x##_four
+#include "rotate_vector.inc.h"
+#undef T
+#undef W
+#undef NAME
 
-static void rotate16(const tqai_codec *codec, float *restrict x, int inverse) {
-    const int dim = codec->head_dim;
-    if (codec->rounds > 0) {
-        for (int round = 0; round < codec->rounds; round++) {
-            int which = inverse ? codec->rounds - 1 - round : round;
-            if (!inverse) scale_rows16(x, dim, codec->signs + (size_t)(which * dim));
-            hadamard16(x, dim);
-            if (inverse) scale_rows16(x, dim, codec->signs + (size_t)(which * dim));
-        }
-        for (int i = 0; i < 16 * dim; i++) x[i] *= codec->normaliser;
-        return;
-    }
-    const float *matrix = inverse ? codec->transposed : codec->matrix;
-    float y[16 * TQAI_MAX_HEAD_DIM];
-    for (int i = 0; i < dim; i += 2) { /* two rows of the matrix share each load of x */
-        float a[16] = {0}, b[16] = {0};
-        const float *row = matrix + (size_t)(i * dim);
-        for (int j = 0; j < dim; j++)
-            for (int l = 0; l < 16; l++) {
-                a[l] += row[j] * x[16 * j + l];
-                b[l] += row[dim + j] * x[16 * j + l];
-            }
-        memcpy(y + 16 * i, a, sizeof a);
-        memcpy(y + 16 * i + 16, b, sizeof b);
-    }
-    memcpy(x, y, sizeof(float) * 16 * (size_t)dim);
+static void rotate16(const tqai_codec *codec, float *x, int inverse) { rotate_wide(codec, x, 16, inverse); }
+
+static void rotate(const tqai_codec *codec, float *x, int lanes, int inverse) {
+    if (lanes == 4) rotate_four(codec, x, 4, inverse);
+    else rotate16(codec, x, inverse);
 }
