@@ -14,7 +14,7 @@ import tqai
 COMMANDS = ("demo", "info", "run", "compare", "benchmark")
 
 
-def process(*arguments: str, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "100", **variables}
     return subprocess.run(
         [sys.executable, "-m", "tqai", *arguments],
@@ -123,7 +123,7 @@ def test_run_streams_to_a_pipe_that_closes(tiny_model):
     reader.stdout.close()
     errors = reader.stderr.read()
     reader.stderr.close()
-    assert reader.wait(timeout=120) == 1
+    assert reader.wait(timeout=300) == 1
     assert "Traceback" not in errors and "BrokenPipe" not in errors
 
 

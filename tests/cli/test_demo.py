@@ -68,3 +68,15 @@ def test_missing_embedded_model_is_one_line(tqai_command, monkeypatch, tmp_path)
     result = tqai_command("demo")
     assert "the embedded model is missing" in result.one_line()
     assert result.status == 1
+
+
+def test_embedded_model_answers_with_either_cache(tqai_command):
+    """The command as a newcomer runs it, on a shorter document."""
+    result = tqai_command("demo", "--tokens", "1000", "--facts", "3", "--max-tokens", "8", "--json")
+    assert result.status == 0, result.err
+    assert result.json["model"] == "embedded model"
+    assert result.json["uncompressed"]["right"] == 3
+    assert result.json["compressed"]["right"] == 3
+    assert result.json["compressed"]["cache"]["bits_per_value"] < 6
+    for question in result.json["questions"]:
+        assert question["compressed"]["text"].strip().startswith(question["code"])

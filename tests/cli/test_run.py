@@ -160,3 +160,15 @@ def test_model_that_the_hub_does_not_know(tqai_command, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unknown)
     result = tqai_command("run", PROMPT, "-m", "owner/name-that-nobody-took")
     assert "the hub has no model of that name" in result.one_line()
+
+
+def test_embedded_model_finds_the_fact_in_a_file(tqai_command, tmp_path):
+    from tqai.demo.retrieval import document, fact, question
+
+    file = tmp_path / "long.txt"
+    file.write_text(document()[:1500] + "\n" + fact("Belmor Tazin", "482913") + "\n" + document()[1500:3000])
+    prompt = question("Belmor Tazin")
+    result = tqai_command("run", prompt, "--file", str(file), "--max-tokens", "8", "--json")
+    assert result.status == 0, result.err
+    assert result.json["text"].strip().startswith("482913")
+    assert result.json["cache"]["details"]["codes_bytes"] > 0

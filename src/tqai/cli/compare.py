@@ -34,7 +34,7 @@ from tqai.cli.options import (
 )
 from tqai.cli.prompts import check_new_tokens, read_text, token_ids
 from tqai.cli.report import console, print_json, steps
-from tqai.cli.tables import cache_rows, describe_difference
+from tqai.cli.tables import cache_columns, cache_rows, describe_difference
 
 __all__ = ["compare"]
 
@@ -125,7 +125,7 @@ def _print_tables(loaded: LoadedModel, plain: Side, packed: Side, difference: in
     for figures, decoded, _ in (plain, packed):
         out.rule(figures.label, align="left")
         out.print(Text(loaded.tokenizer.decode(decoded.ids, skip_special_tokens=True)))
-    table = Table("", *(side[0].label for side in (plain, packed)))
+    table = Table("", *cache_columns(loaded.model, plain[0], packed[0]))
     for row in cache_rows([side[0] for side in (plain, packed)]):
         table.add_row(*row)
     table.add_row("prefill", *(f"{side[2]:.2f} s" for side in (plain, packed)))

@@ -36,7 +36,7 @@ from tqai.cli.options import (
 )
 from tqai.cli.prompts import check_new_tokens
 from tqai.cli.report import CommandError, Steps, console, print_json, steps
-from tqai.cli.tables import cache_rows
+from tqai.cli.tables import cache_columns, cache_rows
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from tqai.demo import RetrievalPrompt
 
 __all__ = ["demo"]
+
+WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def demo(
     loaded = load_model(model, device, dtype)
     prompt, document_ids, question_ids = _document(loaded, tokens, facts, seed, max_tokens)
     with steps(2 * (facts + 1)) as progress:
+        progress.begin("warming up")
+        fill(loaded.model, document_ids[:, :WARM_UP_TOKENS], uncompressed_cache(loaded.model))
         plain = _read(
             loaded,
             uncompressed_cache(loaded.model),
@@ -249,7 +253,7 @@ def _print_tables(
         table.add_row(name, f"{prompt.depths[index]:.0%}", prompt.answers[index], *answers)
     out.print(table)
 
-    table = Table("The cache after the document", *(r.figures.label for r in readers))
+    table = Table("The cache after the document", *cache_columns(loaded.model, plain.figures, packed.figures))
     for row in cache_rows([reader.figures for reader in readers]):
         table.add_row(*row)
     table.add_row("reading the document", *(f"{reader.prefill_seconds:.1f} s" for reader in readers))
