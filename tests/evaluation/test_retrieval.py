@@ -42,7 +42,7 @@ class LookupModel:
         self.passes = []
 
     def forward(self, input_ids, past_key_values, use_cache):
-        self.passes.append(input_ids.shape[1])
+        self.passes.append((past_key_values.get_seq_length(), input_ids.shape[1]))
         new = input_ids[:, None, :, None].float()
         keys, _ = past_key_values.update(new, new.clone(), 0)
         text = LetterTokenizer().decode([int(i) for i in keys[0, 0, :, 0]])
@@ -105,8 +105,17 @@ def test_each_document_is_read_once_and_questions_go_through_the_cache(reader):
     tokenizer = LetterTokenizer()
     tasks = make_tasks(tokenizer, 1500, questions=2, questions_per_document=2)
     evaluate_retrieval(reader, tokenizer, tasks, [cache_maker("dynamic", reader)])
-    long = [tokens for tokens in reader.passes if tokens > 200]
+    long = [tokens for held, tokens in reader.passes if tokens > 200]
     assert len(long) == 1 and 1300 < long[0] < 1500
+    # Two questions to two caches (one is the reference), each to a copy that holds the document alone.
+    assert [held for held, tokens in reader.passes if 1 < tokens <= 200] == [long[0]] * 4
+
+
+def test_documents_differ_and_seeds_repeat():
+    tokenizer = LetterTokenizer()
+    first, second = make_tasks(tokenizer, 1000, questions=2, seed=3)
+    assert first.text != second.text and first.answers != second.answers
+    assert [second] == make_tasks(tokenizer, 1000, questions=1, seed=4)
 
 
 @pytest.mark.parametrize("appends_end", [False, True])
