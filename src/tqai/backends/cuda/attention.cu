@@ -33,6 +33,16 @@
 #define SLOT (COLS * SLOT_ROW)
 #define QBYTES_ROW (32 * K_STEPS + 16)
 #define PASS_BYTES 544
+#define MAX_STATS 160  // blocks that may share a segment, and more than warps
+#define GROUPS (THREADS / DV < 1 ? 1 : THREADS / DV < WARPS ? THREADS / DV : WARPS)
+
+static_assert(SLOT * 4 <= PAGE_BYTES && DK * 4 <= PAGE_BYTES, "a slot must fit into a page buffer");
+
+// Division by a number that the host knows, for dividends below 2^31.
+struct Divisor {
+    u32 factor, shift;
+    __device__ __forceinline__ int divide(int n) const { return (int)((__umulhi((u32)n, factor) + (u32)n) >> shift); }
+};
 
 struct Params {
     const i64* addresses;
@@ -53,6 +63,7 @@ struct Params {
     int pages, sinks, recent, first_token;
     float scaling, softcap;
     Levels levels_k, levels_v;
+    Divisor by_items, by_heads, by_col_groups, by_group;  // items: of each segment, where all have the same
 };
 
 struct Piece {
@@ -62,13 +73,18 @@ struct Piece {
     int exact, recent;  // exact items and recent tokens of this sequence
 };
 
-// Shared memory, in this order; `launch.py` computes the same total.
+// Shared memory, in this order; `plan.py` computes the same total.
 #define RING_BYTES (WARPS * STAGES * PAGE_BYTES)
 #define LUTS ((BK == 8) + (BV == 8))
-#define SLOTS_BYTES ((WARPS + 1) * SLOT * 4)
-#define STATS_BYTES ((WARPS + 1) * COLS * 2 * 4)
-#define QX_BYTES (COLS * DK * 4 * 2)
+#define STATS (MAX_STATS * COLS * 2)
+#define SIGNS (ROTK * DK + ROTV * DV)
+#define QUERY_LOADS ((COLS * DK + THREADS - 1) / THREADS)
+#define SIGN_LOADS (SIGNS / THREADS + 1)
 #define QBYTES_BYTES (2 * 8 * QBYTES_ROW)
+
+__device__ __forceinline__ void arrive(u64* bar) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(shared_address(bar)) : "memory");
+}
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -82,13 +98,16 @@ __device__ __forceinline__ void fetch_page(u8* stage, const u8* page, u64* bar, 
     }
 }
 __device__ __forceinline__ void no_fetch() {}
-__device__ __forceinline__ void await_page(u64* bar, u32 parity) {
+// Between ordinary writes to a buffer and the next bulk copy into it.
+__device__ __forceinline__ void release_buffer() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void await_barrier(u64* bar, u32 parity) {
     u32 b = shared_address(bar), done;
     do {
         asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                      : "=r"(done) : "r"(b), "r"(parity) : "memory");
     } while (!done);
 }
+__device__ __forceinline__ void await_page(u64* bar, u32 parity) { await_barrier(bar, parity); }
 #else
 __device__ __forceinline__ void fetch_page(u8* stage, const u8* page, u64* bar, int lane) {
     u32 s = shared_address(stage);
@@ -97,6 +116,14 @@ __device__ __forceinline__ void fetch_page(u8* stage, const u8* page, u64* bar, 
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 __device__ __forceinline__ void no_fetch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void release_buffer() {}
+__device__ __forceinline__ void await_barrier(u64* bar, u32 parity) {
+    u32 b = shared_address(bar), done;
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done) : "r"(b), "r"(parity) : "memory");
+    } while (!done);
+}
 __device__ __forceinline__ void await_page(u64* bar, u32 parity) {
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
     __syncwarp();
@@ -112,21 +139,34 @@ __device__ __forceinline__ int items_of(const Params& p, int b) {
     return ceil_div(p.sinks, EXACT_TOKENS) + ceil_div(recent_of(p, b), EXACT_TOKENS) + pages;
 }
 
-// The piece that begins at item `at` of the line and ends with its segment or at `stop`.
+__device__ __forceinline__ bool is_uniform(const Params& p) { return p.page_counts == 0 && p.recent_counts == 0; }
+
+// The piece that begins at item `at` of the line and ends with its segment or at `stop`. `ends`, in shared
+// memory, has where each sequence ends on the line; it is not read where all have the same length.
 __device__ __forceinline__ Piece piece_at(const Params& p, const int* ends, int at, int stop, int b) {
     Piece s;
-    int heads = p.kv_heads * p.col_groups;
-    while (at >= ends[b + 1]) ++b;
-    int items = (ends[b + 1] - ends[b]) / heads;
-    int local = at - ends[b], segment = local / items;
+    const int heads = p.kv_heads * p.col_groups;
+    int items, segment;
+    if (is_uniform(p)) {
+        items = items_of(p, 0);
+        const int line = p.by_items.divide(at);
+        b = p.by_heads.divide(line);
+        segment = line - b * heads;
+        s.begin = line * items;
+        s.recent = p.recent;
+    } else {
+        while (at >= ends[b + 1]) ++b;
+        items = (ends[b + 1] - ends[b]) / heads;
+        segment = (at - ends[b]) / items;
+        s.begin = ends[b] + segment * items;
+        s.recent = recent_of(p, b);
+    }
     s.b = b;
-    s.kv_head = segment / p.col_groups;
+    s.kv_head = p.by_col_groups.divide(segment);
     s.col_group = segment - s.kv_head * p.col_groups;
-    s.begin = ends[b] + segment * items;
     s.end = s.begin + items;
     s.first = at - s.begin;
     s.last = min(stop, s.end) - s.begin;
-    s.recent = recent_of(p, b);
     s.exact = ceil_div(p.sinks, EXACT_TOKENS) + ceil_div(s.recent, EXACT_TOKENS);
     return s;
 }
@@ -159,81 +199,99 @@ struct Cursor {
     }
 };
 
-__device__ __forceinline__ i64 start_of(i64 total, int block, int blocks) { return total * block / blocks; }
-
-// Weighs the slots of several warps or blocks by their maxima. Every thread does its elements.
-__device__ __forceinline__ float slot_weight(const float* stats, int slot, int col, float top) {
-    return exp2f(stats[(slot * COLS + col) * 2] - top);
-}
+// How the line is cut: block k begins at floor(total * k / blocks), without a product that overflows.
+struct Cuts {
+    int total, blocks, each, rest;
+    float inverse;
+    __device__ __forceinline__ Cuts(int total, int blocks) : total(total), blocks(blocks) {
+        each = total / blocks;
+        rest = total - each * blocks;
+        inverse = 1.0f / (float)blocks;
+    }
+    __device__ __forceinline__ int start(int block) const {
+        // the dividend is small: half a unit keeps the rounding of the product away from whole numbers
+        return block * each + (int)(((float)(block * rest) + 0.5f) * inverse);
+    }
+    __device__ __forceinline__ int block_of(int item) const {
+        int block = min((int)((float)item * (float)blocks / (float)total), blocks - 1);
+        while (start(block + 1) <= item) ++block;
+        while (start(block) > item) --block;
+        return block;
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) u8 smem[];
     u8* ring = smem;
     u32* luts = (u32*)(ring + RING_BYTES);
-    float* slots = (float*)(luts + LUTS * 8192);
-    float* stats = slots + SLOTS_BYTES / 4;
-    float* qx = stats + STATS_BYTES / 4;   // queries as given, [COLS][DK]
-    float* qr = qx + COLS * DK;            // rotated
-    u8* qbytes = (u8*)(qr + COLS * DK);    // [2 tables][column, part][QBYTES_ROW]
-    u8* passes = qbytes + QBYTES_BYTES;    // per warp: weights on their way from column to row
+    float* merged = (float*)(luts + LUTS * 8192);  // one more slot: the result
+    float* stats = merged + SLOT;                  // [slot or block][column] (maximum, sum)
+    float* qx = stats + STATS;                     // queries as given, [COLS][DK]
+    float* signs = qx + COLS * DK;                 // of the Hadamard rotations
+    u8* qbytes = (u8*)(signs + SIGNS);             // [2 tables][column, part][QBYTES_ROW]
+    u8* passes = qbytes + 2 * 8 * QBYTES_ROW;      // per warp: weights on their way from column to row
     u64* bars = (u64*)(passes + WARPS * V_TABLES * PASS_BYTES);
-    float* colf = (float*)(bars + WARPS * STAGES);  // [COLS] scale of a logit, base 2
+    u64* query_bar = bars + WARPS * STAGES;         // queries are ready
+    float* colf = (float*)(query_bar + 2);           // [COLS] scale of a logit, base 2
     int* coli = (int*)(colf + COLS);                // [COLS] what to subtract for kappa
-    int* flag = coli + COLS;                        // [4]
-    int* ends = flag + 4;                           // [batch + 1]
+    int* flag = coli + COLS;                        // [4], then where each warp's slot lies
+    int* ends = flag + 4 + WARPS;                   // [batch + 1]
 
+#ifdef STAMPS
+#define STAMP(k) if ((threadIdx.x & 31) == 0) ((long long*)p.lut_k)[(blockIdx.x * WARPS + (threadIdx.x >> 5)) * 16 + k] = clock64();
+    if ((threadIdx.x & 31) == 0) asm volatile("mov.u64 %0, %globaltimer;" : "=l"(((long long*)p.lut_k)[(blockIdx.x * WARPS + (threadIdx.x >> 5)) * 16 + 14]));
+#else
+#define STAMP(k)
+#endif
+    STAMP(0)
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     const int g = lane >> 2, c = lane & 3;
     const int heads = p.kv_heads * p.col_groups;
 
-    if (warp == 0) {
-        int sum = 0;
-        for (int base = 0; base < p.batch; base += 32) {
-            int n = base + lane < p.batch ? items_of(p, base + lane) * heads : 0;
+    int total;
+    if (is_uniform(p)) {
+        total = items_of(p, 0) * heads * p.batch;
+    } else {
+        if (warp == 0) {
+            int sum = 0;
+            for (int base = 0; base < p.batch; base += 32) {
+                int n = base + lane < p.batch ? items_of(p, base + lane) * heads : 0;
 #pragma unroll
-            for (int d = 1; d < 32; d *= 2) {
-                int other = __shfl_up_sync(FULL, n, d);
-                if (lane >= d) n += other;
+                for (int d = 1; d < 32; d *= 2) {
+                    int other = __shfl_up_sync(FULL, n, d);
+                    if (lane >= d) n += other;
+                }
+                if (base + lane < p.batch) ends[base + lane + 1] = sum + n;
+                sum += __shfl_sync(FULL, n, 31);
             }
-            if (base + lane < p.batch) ends[base + lane + 1] = sum + n;
-            sum += __shfl_sync(FULL, n, 31);
+            if (lane == 0) ends[0] = 0;
         }
-        if (lane == 0) ends[0] = 0;
+        __syncthreads();
+        total = ends[p.batch];
     }
+    const int blocks = min((int)gridDim.x, total), block = blockIdx.x;
+    if (block >= blocks) return;
+    const Cuts cuts(total, blocks);
+    const int start = cuts.start(block), stop = cuts.start(block + 1);
+
+    u8* my_ring = ring + warp * STAGES * PAGE_BYTES;
+    u64* my_bars = bars + warp * STAGES;
+    u8* my_pass = passes + warp * V_TABLES * PASS_BYTES;
+    Cursor cursor;
+    cursor.next = 0;
 #if __CUDA_ARCH__ >= 900
     if (lane == 0) {
         for (int s = 0; s < STAGES; ++s)
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(bars + warp * STAGES + s)) : "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
+    __syncwarp();
 #endif
-    __syncthreads();
-    const int total = ends[p.batch];
-    const int blocks = min((int)gridDim.x, total), block = blockIdx.x;
-    if (block >= blocks) return;
-    const int stop = (int)start_of(total, block + 1, blocks);
-    const int start = (int)start_of(total, block, blocks);
-
-    u8* my_ring = ring + warp * STAGES * PAGE_BYTES;
-    u64* my_bars = bars + warp * STAGES;
-    u8* my_pass = passes + warp * V_TABLES * PASS_BYTES;
-    Cursor cursor;
-    cursor.at = start;
-    cursor.stop = stop;
-    cursor.b = 0;
-    cursor.enter(p, ends, warp);
-    cursor.load(p);
-#pragma unroll 1
-    for (int s = 0; s < STAGES; ++s) {
-        if (cursor.next) {
-            fetch_page(my_ring + s * PAGE_BYTES, cursor.next, my_bars + s, lane);
-            cursor.advance(p, ends, warp);
-        } else {
-            no_fetch();
-        }
-    }
-    int stage = 0;
-    u32 parity = 0;
+    if (tid == 0) asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(query_bar)), "n"(COLS) : "memory");
+    int stage = 0, spare = STAGES - 1;
+    u32 parity = 0, query_parity = 0;
+    const float* plan_k = ROTK ? signs : p.plan_k;
+    const float* plan_v = ROTV ? signs + ROTK * DK : p.plan_v;
 
     const u32* lut_k = luts;
     const u32* lut_v = luts + (BK == 8 ? 8192 : 0);
@@ -248,21 +306,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
         const Piece s = piece_at(p, ends, at, stop, piece_b);
         piece_b = s.b;
         at = s.begin + s.last;
-        const int history_tokens = (p.page_counts ? p.page_counts[s.b] : p.pages) * PAGE_TOKENS - p.first_token;
+        [[maybe_unused]] const int history_tokens = (p.page_counts ? p.page_counts[s.b] : p.pages) * PAGE_TOKENS - p.first_token;
 
         // ---- queries of this piece
         const int cols = min(COLS, p.group * p.new_tokens - s.col_group * COLS);
-        for (int i = tid; i < COLS * DK; i += THREADS) {
-            int j = i / DK, d = i - j * DK;
-            int col = s.col_group * COLS + j, t = col / p.group, h = s.kv_head * p.group + col - t * p.group;
-            float f = j < cols ? load_one(p.query, s.b * p.query_strides[0] + h * p.query_strides[1] + t * p.query_strides[2] + d) : 0.0f;
-            qx[i] = f;
-            qr[i] = f;
+        float early[QUERY_LOADS], early_signs[SIGN_LOADS];
+#pragma unroll
+        for (int k = 0; k < QUERY_LOADS; ++k) {
+            int i = tid + k * THREADS, j = i / DK, d = i - j * DK;
+            int col = s.col_group * COLS + j, t = p.by_group.divide(col), h = s.kv_head * p.group + col - t * p.group;
+            early[k] = j < cols ? load_one(p.query, s.b * p.query_strides[0] + h * p.query_strides[1] + t * p.query_strides[2] + d) : 0.0f;
         }
+        const bool begins = s.begin + s.first == start;
+        if (begins) {
+#pragma unroll
+            for (int k = 0; k < SIGN_LOADS; ++k) {
+                int i = tid + k * THREADS;
+                early_signs[k] = i >= SIGNS ? 0.0f : i < ROTK * DK ? p.plan_k[i] : p.plan_v[i - ROTK * DK];
+            }
+            cursor.at = start;
+            cursor.stop = stop;
+            cursor.b = 0;
+            cursor.enter(p, ends, warp);
+            cursor.load(p);
+            // One buffer of each warp is always left free outside of the page loop; there its slot lies.
+#pragma unroll 1
+            for (int s = 0; s < STAGES - 1; ++s) {
+                if (cursor.next) {
+                    fetch_page(my_ring + s * PAGE_BYTES, cursor.next, my_bars + s, lane);
+                    cursor.advance(p, ends, warp);
+                } else {
+                    no_fetch();
+                }
+            }
+#pragma unroll
+            for (int k = 0; k < SIGN_LOADS; ++k)
+                if (tid + k * THREADS < SIGNS) signs[tid + k * THREADS] = early_signs[k];
+        }
+STAMP(1)
+#pragma unroll
+        for (int k = 0; k < QUERY_LOADS; ++k)
+            if (tid + k * THREADS < COLS * DK) qx[tid + k * THREADS] = early[k];
+        // Spare buffers are where slots lie: by warp, then within it.
+        float* slot = (float*)(my_ring + spare * PAGE_BYTES);
         __syncthreads();
+STAMP(2)
         for (int j = warp; j < COLS; j += WARPS) {
-            float* x = qr + j * DK;
-            rotate_vector<DK, ROTK, false>(x, p.plan_k, lane);
+            float* x = slot;
+            for (int d = lane; d < DK; d += 32) x[d] = qx[j * DK + d];
+            __syncwarp();
+            rotate_rows<DK, ROTK, false, 1>(x, 0, plan_k, lane);
             float top = 0.0f, sum = 0.0f;
             for (int d = lane; d < DK; d += 32) {
                 top = max_nan(top, fabsf(x[d]));
@@ -292,17 +385,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
                 colf[j] = fmaxf(fabsf(p.scaling), 1.0e-30f) * p.levels_k.unit / scale + bad;
                 coli[j] = -__float2int_rn(p.levels_k.kappa / p.levels_k.unit * turned * sum);
             }
+            release_buffer();
+            __syncwarp();
+            if (lane == 0) arrive(query_bar);
         }
-        __syncthreads();
 
-        // ---- exact tokens
-        const bool has_exact = s.first < s.exact;
-        if (has_exact) {
-            float acc[COLS][2 * V_PAIRS], top[COLS], sum[COLS];
+STAMP(3)
+        // ---- exact tokens, by the last warps first, while the first ones rotate the queries
+        const int exact_items = max(min(s.last, s.exact) - s.first, 0);
+        const int page_items = max(s.last - max(s.first, s.exact), 0);
+        float o[V_UNITS][2], top = NOTHING, sum = 0.0f, weight_sum = 0.0f;
+#pragma unroll
+        for (int u = 0; u < V_UNITS; ++u) o[u][0] = o[u][1] = 0.0f;
+STAMP(3)
+        if (WARPS - 1 - warp < exact_items) {
+            float acc[COLS][2 * V_PAIRS], tops[COLS], sums[COLS];
 #pragma unroll
             for (int j = 0; j < COLS; ++j) {
-                top[j] = NOTHING;
-                sum[j] = 0.0f;
+                tops[j] = NOTHING;
+                sums[j] = 0.0f;
 #pragma unroll
                 for (int i = 0; i < 2 * V_PAIRS; ++i) acc[j][i] = 0.0f;
             }
@@ -322,7 +423,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
                 const int tc = min(t, count - 1);
                 float dot[COLS] = {0.0f, 0.0f, 0.0f, 0.0f};
                 i64 row = s.b * ks[0] + s.kv_head * ks[1] + tc * ks[2] + half;
-#pragma unroll
+#pragma unroll 2
                 for (int d = 0; d < DK / 2; d += 8) {
                     float k[8];
                     load_eight(keys, row + d, k);
@@ -342,7 +443,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
                     x = p.softcap - 2.0f * p.softcap * rcp_fast(exp2f(x * (2.0f * LOG2E) / p.softcap) + 1.0f);
 #endif
                     x *= LOG2E;
-                    int col = min(s.col_group * COLS + j, p.group * p.new_tokens - 1), nt = col / p.group;
+                    int col = min(s.col_group * COLS + j, p.group * p.new_tokens - 1), nt = p.by_group.divide(col);
                     bool seen = t < count;
 #if MASKED
                     if (seen) {
@@ -357,11 +458,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
                     float most = x;
 #pragma unroll
                     for (int o = 2; o < 32; o *= 2) most = max_nan(most, __shfl_xor_sync(FULL, most, o));
-                    most = max_nan(most, top[j]);
-                    float fade = exp2_fast(top[j] - most);
-                    top[j] = most;
+                    most = max_nan(most, tops[j]);
+                    float fade = exp2_fast(tops[j] - most);
+                    tops[j] = most;
                     weight[j] = seen ? exp2_fast(x - most) : 0.0f;
-                    sum[j] = fmaf(sum[j], fade, (lane & 1) ? 0.0f : weight[j]);
+                    sums[j] = fmaf(sums[j], fade, (lane & 1) ? 0.0f : weight[j]);
 #pragma unroll
                     for (int i = 0; i < 2 * V_PAIRS; ++i) acc[j][i] *= fade;
                 }
@@ -369,7 +470,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
                 if (!(lane & 1)) *(float4*)(weights + (lane >> 1) * COLS) = make_float4(weight[0], weight[1], weight[2], weight[3]);
                 __syncwarp();
                 i64 vrow = s.b * vs[0] + s.kv_head * vs[1];
-#pragma unroll 8
+#pragma unroll 4
                 for (int i = 0; i < EXACT_TOKENS; ++i) {
                     int ti = min(t0 + i, count - 1);
                     float4 wt = *(const float4*)(weights + i * COLS);
@@ -395,37 +496,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
 #pragma unroll
             for (int j = 0; j < COLS; ++j) {
 #pragma unroll
-                for (int o = 1; o < 32; o *= 2) sum[j] += __shfl_xor_sync(FULL, sum[j], o);
+                for (int o = 1; o < 32; o *= 2) sums[j] += __shfl_xor_sync(FULL, sums[j], o);
 #pragma unroll
                 for (int m = 0; m < V_PAIRS; ++m) {
                     int d = 64 * m + 2 * lane;
-                    if (DV % 64 == 0 || d < DV) *(float2*)(slots + warp * SLOT + j * SLOT_ROW + d) = make_float2(acc[j][2 * m], acc[j][2 * m + 1]);
-                }
-                if (lane == 0) {
-                    stats[(warp * COLS + j) * 2] = top[j];
-                    stats[(warp * COLS + j) * 2 + 1] = sum[j];
+                    if (DV % 64 == 0 || d < DV) *(float2*)(slot + j * SLOT_ROW + d) = make_float2(acc[j][2 * m], acc[j][2 * m + 1]);
                 }
             }
-            __syncthreads();
-            // Merged into one more slot and rotated into the space of the values' codes.
-            for (int i = tid; i < COLS * DV; i += THREADS) {
-                int j = i / DV, d = i - j * DV;
-                float most = NOTHING, o = 0.0f, l = 0.0f;
-                for (int w = 0; w < WARPS; ++w) most = max_nan(most, stats[(w * COLS + j) * 2]);
-                for (int w = 0; w < WARPS; ++w) {
-                    float f = slot_weight(stats, w, j, most);
-                    o = fmaf(f, slots[w * SLOT + j * SLOT_ROW + d], o);
-                    l = fmaf(f, stats[(w * COLS + j) * 2 + 1], l);
-                }
-                slots[WARPS * SLOT + j * SLOT_ROW + d] = o;
-                if (d == 0) {
-                    stats[(WARPS * COLS + j) * 2] = most;
-                    stats[(WARPS * COLS + j) * 2 + 1] = l;
-                }
+            // Rotated into the space of the values' codes, it is where this warp's pages go on from.
+            rotate_rows<DV, ROTV, false, COLS>(slot, SLOT_ROW, plan_v, lane);
+#pragma unroll
+            for (int u = 0; u < V_UNITS; ++u) {
+                o[u][0] = slot[c * SLOT_ROW + 16 * u + g];
+                o[u][1] = slot[c * SLOT_ROW + 16 * u + g + 8];
             }
-            __syncthreads();
-            for (int j = warp; j < COLS; j += WARPS) rotate_vector<DV, ROTV, false>(slots + WARPS * SLOT + j * SLOT_ROW, p.plan_v, lane);
+#pragma unroll
+            for (int j = 0; j < COLS; ++j)
+                if (c == j) {
+                    top = tops[j];
+                    sum = g == 0 ? sums[j] : 0.0f;
+                }
+            release_buffer();
+            __syncwarp();
         }
+STAMP(4)
+        await_barrier(query_bar, query_parity);
+        query_parity ^= 1;
 
         // ---- pages
         u32 qa[K_STEPS][2], qb[K_STEPS][2];
@@ -447,22 +543,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
 #endif
         const int less = coli[c];
         const Levels lk = p.levels_k, lv = p.levels_v;
-        float o[V_UNITS][2];
-#pragma unroll
-        for (int u = 0; u < V_UNITS; ++u) o[u][0] = o[u][1] = 0.0f;
-        float top = NOTHING, sum = 0.0f, weight_sum = 0.0f;
 #if MASKED
         const u8* mask_row;
         {
-            int col = min(s.col_group * COLS + c, p.group * p.new_tokens - 1), nt = col / p.group;
+            int col = min(s.col_group * COLS + c, p.group * p.new_tokens - 1), nt = p.by_group.divide(col);
             int h = s.kv_head * p.group + col - nt * p.group;
             mask_row = p.mask + s.b * p.mask_strides[0] + h * p.mask_strides[1] + nt * p.mask_strides[2] + (p.sinks - p.first_token) * p.mask_strides[3];
         }
 #endif
 #pragma unroll 1
         for (int page = max(s.first - s.exact, 0) + warp; page < s.last - s.exact; page += WARPS) {
+            if (cursor.next) {
+                fetch_page(my_ring + spare * PAGE_BYTES, cursor.next, my_bars + spare, lane);
+                cursor.advance(p, ends, warp);
+            } else {
+                no_fetch();
+            }
             const u8* data = my_ring + stage * PAGE_BYTES;
             await_page(my_bars + stage, parity);
+STAMP(6)
 
             int dots[4][4];
 #pragma unroll
@@ -605,17 +704,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
             }
 
             __syncwarp();
-            if (cursor.next) {
-                fetch_page(my_ring + stage * PAGE_BYTES, cursor.next, my_bars + stage, lane);
-                cursor.advance(p, ends, warp);
-            } else {
-                no_fetch();
-            }
+            spare = stage;
             if (++stage == STAGES) {
                 stage = 0;
                 parity ^= 1;
             }
         }
+STAMP(7)
         // ---- merge the warps
 #pragma unroll
         for (int m = 4; m < 32; m *= 2) {
@@ -623,104 +718,158 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
             weight_sum += __shfl_xor_sync(FULL, weight_sum, m);
         }
         const float less_out = weight_sum * lv.kappa;
+        slot = (float*)(my_ring + spare * PAGE_BYTES);
+        const bool whole = s.first == 0 && s.begin + s.last == s.end;
+        if (warp < page_items || WARPS - 1 - warp < exact_items) {
 #pragma unroll
-        for (int u = 0; u < V_UNITS; ++u) {
-            slots[warp * SLOT + c * SLOT_ROW + 16 * u + g] = o[u][0] - less_out;
-            slots[warp * SLOT + c * SLOT_ROW + 16 * u + g + 8] = o[u][1] - less_out;
+            for (int u = 0; u < V_UNITS; ++u) {
+                slot[c * SLOT_ROW + 16 * u + g] = o[u][0] - less_out;
+                slot[c * SLOT_ROW + 16 * u + g + 8] = o[u][1] - less_out;
+            }
+            if (g == 0) {
+                stats[(warp * COLS + c) * 2] = top;
+                stats[(warp * COLS + c) * 2 + 1] = sum;
+            }
         }
-        if (g == 0) {
-            stats[(warp * COLS + c) * 2] = top;
-            stats[(warp * COLS + c) * 2 + 1] = sum;
+        if (lane == 0) flag[4 + warp] = (warp * STAGES + spare) * PAGE_BYTES;
+        if (!whole && tid == THREADS - 32) {
+            flag[1] = cuts.block_of(s.begin);
+            flag[2] = cuts.block_of(s.end - 1) - flag[1] + 1;
         }
         __syncthreads();
-
-        const int filled = has_exact ? WARPS + 1 : WARPS;
-        const bool whole = s.first == 0 && s.begin + s.last == s.end;
-        float* mine = p.partial + (i64)(block * 2 + (s.begin < start ? 0 : 1)) * (COLS * (DV + 2));
-        for (int i = tid; i < COLS * DV; i += THREADS) {
-            int j = i / DV, d = i - j * DV;
-            float most = NOTHING, sum_o = 0.0f, l = 0.0f;
-            for (int w = 0; w < filled; ++w) most = max_nan(most, stats[(w * COLS + j) * 2]);
-            for (int w = 0; w < filled; ++w) {
-                float f = slot_weight(stats, w, j, most);
-                sum_o = fmaf(f, slots[w * SLOT + j * SLOT_ROW + d], sum_o);
-                l = fmaf(f, stats[(w * COLS + j) * 2 + 1], l);
+STAMP(8)
+        const i64 part_size = COLS * (DV + 2);
+        float* part = p.partial + (block * 2 + (s.begin < start ? 0 : 1)) * part_size;
+        for (int i = tid; i < COLS * DV / 2; i += THREADS) {
+            const int j = i / (DV / 2), d = 2 * (i - j * (DV / 2));
+            float most = NOTHING, l = 0.0f;
+            float2 y = make_float2(0.0f, 0.0f);
+            float tops[WARPS];
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                tops[w] = w < page_items || WARPS - 1 - w < exact_items ? stats[(w * COLS + j) * 2] : NOTHING;
+                most = max_nan(most, tops[w]);
             }
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w)
+                if (w < page_items || WARPS - 1 - w < exact_items) {
+                    float f = exp2_fast(tops[w] - most);
+                    float2 v = *(const float2*)((float*)(ring + flag[4 + w]) + j * SLOT_ROW + d);
+                    y.x = fmaf(f, v.x, y.x);
+                    y.y = fmaf(f, v.y, y.y);
+                    l = fmaf(f, stats[(w * COLS + j) * 2 + 1], l);
+                }
             if (whole) {
-                slots[(WARPS)*SLOT + j * SLOT_ROW + d] = l > 0.0f || l != l ? sum_o / l : 0.0f;
-                if (d == 0) {
-                    colf[j] = most;
-                    ((float*)coli)[j] = l;
-                }
+                float r = l > 0.0f || l != l ? rcp_fast(l) : 0.0f;
+                *(float2*)(merged + j * SLOT_ROW + d) = make_float2(y.x * r, y.y * r);
             } else {
-                mine[i] = sum_o;
-                if (d == 0) {
-                    mine[COLS * DV + 2 * j] = most;
-                    mine[COLS * DV + 2 * j + 1] = l;
-                }
+                *(float2*)(part + j * DV + d) = y;
+            }
+            if (d == 0) {
+                float* to = whole ? (float*)colf + 2 * j : part + COLS * DV + 2 * j;
+                to[0] = most;
+                to[1] = l;
             }
         }
         bool finish = whole;
+        __syncthreads();
+STAMP(9)
         if (!whole) {
-            __threadfence();
-            __syncthreads();
-            // blocks that share this segment
-            int first = (int)((i64)s.begin * blocks / total);
-            while (start_of(total, first + 1, blocks) <= s.begin) ++first;
-            while (start_of(total, first, blocks) > s.begin) --first;
-            int last = (int)((i64)(s.end - 1) * blocks / total);
-            while (start_of(total, last + 1, blocks) <= s.end - 1) ++last;
-            while (start_of(total, last, blocks) > s.end - 1) --last;
+            int first_block = 0, count = 0;
             if (tid == 0) {
+                count = flag[2];
                 int* counter = p.counters + (s.b * p.kv_heads + s.kv_head) * p.col_groups + s.col_group;
-                int arrived = atomicAdd(counter, 1);
-                flag[0] = arrived == last - first;
-                if (arrived == last - first) *counter = 0;  // ready for the next launch
-                __threadfence();
+                // Releases the whole block's part, ordered before by the barrier, and acquires the others'.
+                int arrived;
+                asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(arrived) : "l"(counter) : "memory");
+                if (arrived == count - 1) *counter = 0;  // ready for the next launch
+                flag[0] = arrived == count - 1;
             }
             __syncthreads();
             finish = flag[0];
+STAMP(10)
             if (finish) {
-                const int n = last - first + 1;
-                const bool first_in = s.begin >= start_of(total, first, blocks);
-                const i64 size = COLS * (DV + 2);
-                const float* base = p.partial + (i64)first * 2 * size;
+                first_block = flag[1];
+                count = flag[2];
+                // The first of them may have the segment as its last, that is in its second place.
+                const bool late = s.begin >= cuts.start(first_block);
+                const float* base = p.partial + first_block * 2 * part_size;
+                auto place = [&](int k) { return base + (2 * k + (k == 0 && late ? 1 : 0)) * part_size; };
+                const int column = tid % DV, lot = tid / DV;
+                constexpr int AHEAD = 6;
+                float4 early[AHEAD];
+                if (lot < GROUPS) {
+#pragma unroll
+                    for (int i = 0; i < AHEAD; ++i)
+                        if (lot + i * GROUPS < count) early[i] = __ldcg((const float4*)place(lot + i * GROUPS) + column);
+                }
+                for (int i = tid; i < count * COLS * 2; i += THREADS)
+                    stats[i] = __ldcg(place(i / (COLS * 2)) + COLS * DV + i % (COLS * 2));
+                __syncthreads();
+                for (int q = 0; q < (DV > THREADS ? (DV + THREADS - 1) / THREADS : 1); ++q) {
+                    const int at4 = column + q * THREADS;
+                    if (lot < GROUPS && at4 < DV) {
+                        const int j = at4 / (DV / 4);
+                        float most = NOTHING, l = 0.0f;
+#pragma unroll 8
+                        for (int k = 0; k < count; ++k) most = max_nan(most, stats[(k * COLS + j) * 2]);
+                        float4 y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                        auto add = [&](int k, float4 v) {
+                            float f = exp2_fast(stats[(k * COLS + j) * 2] - most);
+                            y.x = fmaf(f, v.x, y.x);
+                            y.y = fmaf(f, v.y, y.y);
+                            y.z = fmaf(f, v.z, y.z);
+                            y.w = fmaf(f, v.w, y.w);
+                            l = fmaf(f, stats[(k * COLS + j) * 2 + 1], l);
+                        };
+#pragma unroll
+                        for (int i = 0; i < AHEAD; ++i)
+                            if (lot + i * GROUPS < count) add(lot + i * GROUPS, q == 0 ? early[i] : __ldcg((const float4*)place(lot + i * GROUPS) + at4));
+                        for (int k = lot + AHEAD * GROUPS; k < count; k += GROUPS) add(k, __ldcg((const float4*)place(k) + at4));
+                        float* to = (float*)(ring + flag[4 + lot]);
+                        *(float4*)(to + 4 * at4) = y;
+                        if (at4 % (DV / 4) == 0) {
+                            to[COLS * DV + 2 * j] = most;
+                            to[COLS * DV + 2 * j + 1] = l;
+                        }
+                    }
+                }
+                __syncthreads();
                 for (int i = tid; i < COLS * DV; i += THREADS) {
-                    int j = i / DV, d = i - j * DV;
-                    float most = NOTHING, sum_o = 0.0f, l = 0.0f;
-                    for (int k = 0; k < n; ++k) {
-                        const float* part = base + (2 * k + (k == 0 && first_in ? 1 : 0)) * size;
-                        most = max_nan(most, __ldcg(part + COLS * DV + 2 * j));
+                    const int j = i / DV, d = i - j * DV;
+                    float y = 0.0f, l = 0.0f, most = 0.0f;
+#pragma unroll
+                    for (int k = 0; k < GROUPS; ++k) {
+                        const float* from = (const float*)(ring + flag[4 + k]);
+                        y += from[i];
+                        l += from[COLS * DV + 2 * j + 1];
+                        most = from[COLS * DV + 2 * j];
                     }
-#pragma unroll 4
-                    for (int k = 0; k < n; ++k) {
-                        const float* part = base + (2 * k + (k == 0 && first_in ? 1 : 0)) * size;
-                        float f = exp2f(__ldcg(part + COLS * DV + 2 * j) - most);
-                        sum_o = fmaf(f, __ldcg(part + i), sum_o);
-                        l = fmaf(f, __ldcg(part + COLS * DV + 2 * j + 1), l);
-                    }
-                    slots[WARPS * SLOT + j * SLOT_ROW + d] = l > 0.0f || l != l ? sum_o / l : 0.0f;
+                    merged[j * SLOT_ROW + d] = l > 0.0f || l != l ? y * rcp_fast(l) : 0.0f;
                     if (d == 0) {
-                        colf[j] = most;
-                        ((float*)coli)[j] = l;
+                        colf[2 * j] = most;
+                        colf[2 * j + 1] = l;
                     }
                 }
             }
+            __syncthreads();
+STAMP(11)
         }
-        __syncthreads();
         if (finish) {
             for (int j = warp; j < cols; j += WARPS) {
-                float* y = slots + WARPS * SLOT + j * SLOT_ROW;
-                rotate_vector<DV, ROTV, true>(y, p.plan_v, lane);
-                int col = s.col_group * COLS + j, t = col / p.group, h = s.kv_head * p.group + col - t * p.group;
+                float* y = merged + j * SLOT_ROW;
+                rotate_rows<DV, ROTV, true, 1>(y, 0, plan_v, lane);
+                int col = s.col_group * COLS + j, t = p.by_group.divide(col), h = s.kv_head * p.group + col - t * p.group;
                 i64 row = ((i64)s.b * p.kv_heads * p.group + h) * p.new_tokens + t;
                 for (int d = lane; d < DV; d += 32) store_one(p.out, row * DV + d, y[d], OUT);
                 if (lane == 0) {
-                    float l = ((float*)coli)[j];
-                    p.lse[row] = l > 0.0f || l != l ? (colf[j] + log2f(l)) * 0.6931471805599453f : -INF;
+                    float l = colf[2 * j + 1];
+                    p.lse[row] = l > 0.0f || l != l ? (colf[2 * j] + log2f(l)) * 0.6931471805599453f : -INF;
                 }
             }
         }
+STAMP(12)
+        release_buffer();
         __syncthreads();
     }
 }

@@ -15,7 +15,7 @@ import torch
 
 from tqai.backends.cuda.driver import Kernel, kernel, shared_memory_bytes
 from tqai.backends.cuda.levels import integer_levels
-from tqai.backends.cuda.plan import COLUMNS, Shape, attention_shared_bytes, choose_shape, codec_macros, rotation_plan
+from tqai.backends.cuda.plan import COLUMNS, MAX_BLOCKS, Shape, attention_shared_bytes, choose_shape, codec_macros, rotation_plan
 from tqai.core.page import PageFormat
 from tqai.errors import BackendError, InputError
 
@@ -27,10 +27,18 @@ OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 LARGE_WORK_ITEMS = 100
 """With fewer items per block than this, blocks are cut at segment ends: a second segment costs more
 than an idle multiprocessor."""
+EXACT_TOKENS = 16
+"""Exact tokens of one work item."""
+LEAST_SHARE = 0.94
+"""And with more, too, if so large a share of the multiprocessors stays busy."""
 
 
 class _Levels(ctypes.Structure):
     _fields_ = [("tables", ctypes.c_uint32 * 4), ("coefficients", ctypes.c_float * 4)]
+
+
+class _Divisor(ctypes.Structure):
+    _fields_ = [("factor", ctypes.c_uint32), ("shift", ctypes.c_uint32)]
 
 
 class _Params(ctypes.Structure):
@@ -51,6 +59,7 @@ class _Params(ctypes.Structure):
         ("softcap", ctypes.c_float),
         ("levels_k", _Levels),
         ("levels_v", _Levels),
+        *((name, _Divisor) for name in ("by_items", "by_heads", "by_col_groups", "by_group")),
     ]
 
 
@@ -233,7 +242,12 @@ def attend_pages(
     params.pages, params.sinks, params.recent, params.first_token = pages, sink_tokens, recent_tokens, first_token
     params.scaling, params.softcap = scaling, softcap or 0.0
     segments = batch * kv_heads * col_groups
-    grid = blocks or block_count(ready.multiprocessors, segments, pages + -(-recent_tokens // 16) + -(-sink_tokens // 16))
+    items = pages + -(-recent_tokens // EXACT_TOKENS) + -(-sink_tokens // EXACT_TOKENS)
+    for name, divisor in (
+        ("by_items", max(items, 1)), ("by_heads", kv_heads * col_groups), ("by_col_groups", col_groups), ("by_group", group),
+    ):
+        setattr(params, name, _Divisor(*division(divisor)))
+    grid = blocks or block_count(ready.multiprocessors, segments, items)
     shape = shape or ready.shape(batch)
     shared = attention_shared_bytes(page_format, shape, batch)
     launcher = ready.kernel(shape, softcap is not None, mask is not None, out.dtype, shared)
@@ -244,9 +258,19 @@ def attend_pages(
     return out, lse
 
 
+@lru_cache(maxsize=1024)
+def division(divisor: int) -> tuple[int, int]:
+    """(factor, shift) such that n // divisor == ((n * factor >> 32) + n) >> shift for 0 <= n < 2**31."""
+    shift = (divisor - 1).bit_length()
+    return (2**32 * (2**shift - divisor)) // divisor + 1, shift
+
+
 def block_count(multiprocessors: int, segments: int, items: int) -> int:
     """Blocks to launch for `segments` segments of `items` items each (the most, if they differ)."""
     total = segments * max(items, 1)
-    if total <= LARGE_WORK_ITEMS * multiprocessors and segments < multiprocessors:
-        return max(1, min(multiprocessors // segments * segments, total))
-    return max(1, min(multiprocessors, total))
+    most = min(multiprocessors, MAX_BLOCKS)
+    if segments < most:
+        even = most // segments * segments
+        if total <= LARGE_WORK_ITEMS * most or even >= LEAST_SHARE * most:
+            return max(1, min(even, total))
+    return max(1, min(most, total))

@@ -371,7 +371,7 @@ __device__ void decode_side(const Side& s, const u8* codes, const u16* scales, u
     __syncthreads();
     for (int token = warp; token < PAGE_TOKENS; token += CODE_WARPS) {
         float* row = rows + token * PITCH;
-        if (back) rotate_vector<D, ROUNDS, true>(row, s.plan, lane);
+        if (back) rotate_rows<D, ROUNDS, true, 1>(row, 0, s.plan, lane);
         const float scale = bits_float((u32)scales[token] << 16);
         const float most = out_dtype == 0 ? 65504.0f : out_dtype == 1 ? bits_float(0x7f7f0000u) : bits_float(0x7f7fffffu);
         for (int d = lane; d < D; d += 32) {

@@ -140,49 +140,57 @@ __device__ __forceinline__ void hadamard(float (&x)[N], int lane) {
     }
 }
 
-// Rotates (or rotates back) in place one vector of D floats in shared memory, by one warp.
-// `plan` is, for Hadamard, ROUNDS rows of D signs, the normaliser folded into the first; for a matrix, two matrices
-// [D][D] of which element [e][d] of the first takes coordinate e to d (R transposed), and the second back.
-template <int D, int ROUNDS, bool BACK>
-__device__ __forceinline__ void rotate_vector(float* x, const float* __restrict__ plan, int lane) {
+// Rotates (or rotates back) in place ROWS vectors of D floats in shared memory, `pitch` apart, by one warp.
+// `plan` is, for Hadamard, ROUNDS rows of D signs, the normaliser folded into the first; for a matrix, two
+// matrices [D][D] of which element [e][d] of the first takes coordinate e to d (R transposed), and the
+// second back.
+template <int D, int ROUNDS, bool BACK, int ROWS>
+__device__ __forceinline__ void rotate_rows(float* x, int pitch, const float* __restrict__ plan, int lane) {
+    constexpr int N = (D + 31) / 32;
+    float v[ROWS][N];
+    __syncwarp();
     if constexpr (ROUNDS > 0) {
-        constexpr int N = D / 32 > 0 ? D / 32 : 1;
-        float v[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) v[i] = x[lane + 32 * i];
+        for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-        for (int r = 0; r < ROUNDS; ++r) {
-            const float* sign = plan + (BACK ? ROUNDS - 1 - r : r) * D;
-            if (!BACK) {
+            for (int i = 0; i < N; ++i) v[r][i] = x[r * pitch + lane + 32 * i];
 #pragma unroll
-                for (int i = 0; i < N; ++i) v[i] *= sign[lane + 32 * i];
-            }
-            hadamard<N>(v, lane);
-            if (BACK) {
+        for (int k = 0; k < ROUNDS; ++k) {
+            const float* sign = plan + (BACK ? ROUNDS - 1 - k : k) * D;
 #pragma unroll
-                for (int i = 0; i < N; ++i) v[i] *= sign[lane + 32 * i];
+            for (int r = 0; r < ROWS; ++r) {
+                if (!BACK) {
+#pragma unroll
+                    for (int i = 0; i < N; ++i) v[r][i] *= sign[lane + 32 * i];
+                }
+                hadamard<N>(v[r], lane);
+                if (BACK) {
+#pragma unroll
+                    for (int i = 0; i < N; ++i) v[r][i] *= sign[lane + 32 * i];
+                }
             }
         }
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < N; ++i) x[lane + 32 * i] = v[i];
-        __syncwarp();
     } else {
-        constexpr int N = (D + 31) / 32;
         const float* m = plan + (BACK ? D * D : 0);
-        float v[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) v[i] = 0.0f;
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+            for (int i = 0; i < N; ++i) v[r][i] = 0.0f;
+#pragma unroll 4
         for (int e = 0; e < D; ++e) {
-            float xe = x[e];
 #pragma unroll
-            for (int i = 0; i < N; ++i)
-                if (lane + 32 * i < D) v[i] = fmaf(m[e * D + lane + 32 * i], xe, v[i]);
+            for (int i = 0; i < N; ++i) {
+                float f = D % 32 == 0 || lane + 32 * i < D ? m[e * D + lane + 32 * i] : 0.0f;
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) v[r][i] = fmaf(f, x[r * pitch + e], v[r][i]);
+            }
         }
-        __syncwarp();
+    }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
 #pragma unroll
         for (int i = 0; i < N; ++i)
-            if (lane + 32 * i < D) x[lane + 32 * i] = v[i];
-        __syncwarp();
-    }
+            if (D % 32 == 0 || lane + 32 * i < D) x[r * pitch + lane + 32 * i] = v[r][i];
+    __syncwarp();
 }

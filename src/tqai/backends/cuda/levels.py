@@ -28,6 +28,7 @@ from tqai.core.codec import Codec
 __all__ = ["Levels", "integer_levels"]
 
 Floats = NDArray[np.float64]
+EVEN_WEIGHT = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +136,8 @@ def _paired(c: Floats, weights: Floats) -> Levels:
     _, step_a, step_b, choice = best
     kappa = _kappas(step_a, step_b)[choice]
     a, b = _tables(c, step_a, step_b, kappa)
+    # The mean error must vanish: over many tokens it would not average out, as the rest does.
+    kappa = float(np.sum(weights * (a / step_a + b / step_b - c)))
     made = (a / step_a + b / step_b) - kappa
     # a / step_a + b / step_b = (a * step_b / step_a + b) / step_b
     return Levels(a, b, float(step_b / step_a), 1.0, float(1.0 / step_b), float(kappa), _relative(c, weights, made - c))
@@ -150,9 +153,13 @@ def _search(c: Floats, weights: Floats, steps_a: Floats, steps_b: Floats) -> tup
     found: list[tuple[float, Floats, Floats, int]] = []
     for choice, kappa in enumerate(_kappas(sa, sb)):
         errors = np.zeros_like(sa)
-        for code in range(16):
-            own, target = _target(code, c, sa, sb, kappa)
-            errors += weights[code] * (_rounded(code, own * target) / own - target) ** 2
+        for low in range(8):
+            pair = []
+            for code in (low, 15 - low):
+                own, target = _target(code, c, sa, sb, kappa)
+                pair.append(_rounded(code, own * target) / own - target)
+            # Even parts (what opposite levels err by alike) weigh more: they make the mean.
+            errors += weights[low] * (pair[0] ** 2 + pair[1] ** 2 + EVEN_WEIGHT * (pair[0] + pair[1]) ** 2)
         k = np.unravel_index(int(np.argmin(errors)), errors.shape)
         found.append((float(errors[k]), sa[k], sb[k], choice))
     return min(found, key=lambda f: f[0])

@@ -14,6 +14,7 @@ from tqai.core.rotation import hadamard_signs
 
 __all__ = [
     "COLUMNS",
+    "MAX_BLOCKS",
     "MAX_HEAD_DIM",
     "Shape",
     "attention_shared_bytes",
@@ -33,6 +34,8 @@ ROUNDS = {"haar": 0, "hadamard": 1, "hadamard2": 2}
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 SHAPES = ((12, 2), (12, 1), (8, 2), (8, 1), (6, 1), (4, 1), (2, 1), (1, 1))
 CODE_WARPS = 8
+MAX_BLOCKS = 160
+"""Blocks that may share a segment: MAX_STATS of `attention.cu`."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def refuse_format(page_format: PageFormat) -> str | None:
             return f"head_dim {spec.head_dim} of {what} is no multiple of {UNIT_DIMS} up to {MAX_HEAD_DIM}"
         if ROUNDS[spec.rotation] and spec.head_dim < 32:
             return f"a Hadamard rotation of head_dim {spec.head_dim}: the kernels begin at 32"
+    if 16 * (page_format.value.spec.head_dim + 8) > page_format.page_bytes:
+        return "keys so much narrower than values"
     return None
 
 
@@ -78,17 +83,20 @@ def attention_shared_bytes(page_format: PageFormat, shape: Shape, batch: int) ->
     steps = (key.head_dim // UNIT_DIMS + 1) // 2
     value_tables = 2 if value.bits in (4, 8) else 1
     warps = shape.warps
+    signs = ROUNDS[key.rotation] * key.head_dim + ROUNDS[value.rotation] * value.head_dim
     return sum(
         (
             warps * shape.stages * page_format.page_bytes,
             32768 * ((key.bits == 8) + (value.bits == 8)),
-            (warps + 1) * COLUMNS * (value.head_dim + 8) * 4,
-            (warps + 1) * COLUMNS * 8,
-            COLUMNS * key.head_dim * 8,
+            COLUMNS * (value.head_dim + 8) * 4,
+            MAX_BLOCKS * COLUMNS * 8,
+            COLUMNS * key.head_dim * 4,
+            signs * 4,
             2 * 8 * (32 * steps + 16),
             warps * value_tables * 544,
-            warps * shape.stages * 8,
-            COLUMNS * 8 + 16,
+            warps * shape.stages * 8 + 16,
+            COLUMNS * 8,
+            4 * (4 + warps),
             4 * (batch + 1),
         )
     )
