@@ -110,7 +110,7 @@ class _CodedLayer:
 
     def select(self, rows: Tensor) -> None:
         if self.seen is not None:
-            self.seen = [part[rows] for part in self.seen]
+            self.seen = self.keys, self.values = [part[rows] for part in self.seen]
             self.codes = [[Encoded(*(a[rows.numpy()] for a in e)) for e in codes] for codes in self.codes]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 from tqai.cache.layer import CompressedLayer
 from tqai.cache.memory import MemoryReport
 from tqai.config import CacheConfig
+from tqai.errors import UnsupportedError
 from tqai.integrations.transformers.handles import KeyValuePair
 
 __all__ = [
@@ -116,10 +117,10 @@ class _Compressed:
             self.store.select(self._rows()[indices.cpu()])
 
     def offload(self) -> None:
-        raise NotImplementedError("compressed layers are not offloaded; TurboQuantCache refuses offloading")
+        raise UnsupportedError("compressed layers are not offloaded; use fewer bits or a DynamicCache")
 
     def prefetch(self) -> None:
-        raise NotImplementedError("compressed layers are not offloaded; TurboQuantCache refuses offloading")
+        raise UnsupportedError("compressed layers are not offloaded; use fewer bits or a DynamicCache")
 
     def memory(self) -> MemoryReport:
         return self.store.memory()
