@@ -127,7 +127,8 @@ def main() -> int:
             }
             rows.append(row)
             print(
-                f"{length:6} {name:14} {row['token_ms']:8.2f} ms/token {row['tokens_per_second_ratio']:5.2f}x  "
+                f"{length:6} {name:14} {row['token_ms']:8.2f} ms/token "
+                f"{row['tokens_per_second_ratio']:5.2f}x  "
                 f"first token {row['first_token_ms']:8.0f} ms  {row['prefill_time_ratio']:5.3f}x"
             )
             if name != "DynamicCache":
