@@ -12,8 +12,10 @@ TEST_WORKERS ?= auto
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 BUILD_TOOLS := scikit-build-core
-USER_STAMP := $(VENV)/.tqai-user-stamp
-DEV_STAMP := $(VENV)/.tqai-dev-stamp
+# An editable install knows the modules by name, so a new, moved or deleted one means installing again.
+MODULES := $(shell find src/tqai -name '*.py' | LC_ALL=C sort | cksum | tr ' ' '-')
+USER_STAMP := $(VENV)/.tqai-user-$(MODULES)
+DEV_STAMP := $(VENV)/.tqai-dev-$(MODULES)
 INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -28,12 +30,12 @@ $(BIN)/python:
 $(USER_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt $(BUILD_TOOLS)
 	$(INSTALL) -q -e '.[torch]'
-	@touch $@
+	@rm -f $(VENV)/.tqai-user-* && touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt $(BUILD_TOOLS)
 	$(INSTALL) -q -e '.[dev]'
-	@touch $(USER_STAMP) $@
+	@rm -f $(VENV)/.tqai-* && touch $(USER_STAMP) $@
 
 demo: $(USER_STAMP)  ## the embedded model reads a long document with a compressed cache
 	$(BIN)/tqai demo
