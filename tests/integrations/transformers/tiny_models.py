@@ -105,7 +105,12 @@ BUILDERS: dict[str, Callable[[], Any]] = {
         tf.MistralConfig(**_settings(head_dim=64, sliding_window=SLIDING_WINDOW))
     ),
     "gemma2": lambda: _gemma(
-        tf.Gemma2ForCausalLM, tf.Gemma2Config, attn_logit_softcapping=4.0, final_logit_softcapping=None
+        tf.Gemma2ForCausalLM,
+        tf.Gemma2Config,
+        attn_logit_softcapping=4.0,
+        final_logit_softcapping=None,
+        # the only one of transformers' that soft-caps on the CPU; in 5.16 it is not the default
+        attn_implementation="eager",
     ),
     "gemma3": lambda: _gemma(tf.Gemma3ForCausalLM, tf.Gemma3TextConfig),
     "gemma3n": _gemma3n,

@@ -95,6 +95,8 @@ class _Compressed:
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove -`tokens_to_remove` tokens; a positive number is the length to keep."""
+        # assisted decoding of transformers 5.16 counts in tensors
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             tokens_to_remove = min(tokens_to_remove - self.store.length, 0)
         self.store.crop(-tokens_to_remove)
