@@ -56,7 +56,9 @@ def random_tokens():
     def make(seed, batch, heads, tokens, dim, dtype=torch.float32):
         generator = torch.Generator().manual_seed(seed)
         scale = torch.exp(torch.randn(batch, heads, tokens, 1, generator=generator))
-        return tuple((torch.randn(batch, heads, tokens, dim, generator=generator) * scale).to(dtype) for _ in "kv")
+        return tuple(
+            (torch.randn(batch, heads, tokens, dim, generator=generator) * scale).to(dtype) for _ in "kv"
+        )
 
     return make
 
@@ -65,7 +67,9 @@ def random_tokens():
 def filled_layer(random_tokens):
     """A layer that has taken `tokens` tokens in, in chunks of `chunk`."""
 
-    def make(tokens, chunk=None, batch=1, heads=2, dim=64, sliding_window=None, dtype=torch.float32, **settings):
+    def make(
+        tokens, chunk=None, batch=1, heads=2, dim=64, sliding_window=None, dtype=torch.float32, **settings
+    ):
         layer = CompressedLayer(CacheConfig(**settings), 0, sliding_window)
         keys, values = random_tokens(0, batch, heads, tokens, dim, dtype)
         chunk = chunk or tokens

@@ -40,7 +40,9 @@ def storages_bytes(*roots):
 
 @pytest.mark.parametrize("bits", [(4, 2), (3, 3), (8, 8), (5, 1)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1000])
-@pytest.mark.parametrize("settings", [{}, {"sink_tokens": 5}, {"residual_window": 100}, {"sliding_window": 90}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"sink_tokens": 5}, {"residual_window": 100}, {"sliding_window": 90}], ids=str
+)
 def test_report_equals_storages(filled_layer, bits, tokens, settings):
     layer = filled_layer(tokens, chunk=111, batch=3, bits_k=bits[0], bits_v=bits[1], **settings)
     # codecs and rotations are shared by all caches of a process, so they are no part of one
@@ -53,7 +55,9 @@ def test_incremental_copy_is_counted(filled_layer, random_tokens):
     layer = filled_layer(300, cache_strategy="incremental")
     layer.materialize(layer.append(*random_tokens(1, 1, 2, 1, 64)))
     assert layer.memory().copy_bytes == 2 * 4 * 2 * 256 * 64
-    held = storages_bytes(layer.pool._slabs, layer.pool.table, layer.pool._history, layer.window, layer._decoded)
+    held = storages_bytes(
+        layer.pool._slabs, layer.pool.table, layer.pool._history, layer.window, layer._decoded
+    )
     assert layer.memory().total_bytes == held
 
 

@@ -25,7 +25,9 @@ def saved(tmp_path, filled_layer):
     return layer, path
 
 
-@pytest.mark.parametrize("settings", [{}, {"sink_tokens": 70}, {"residual_window": 64}, {"sliding_window": 80}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"sink_tokens": 70}, {"residual_window": 64}, {"sliding_window": 80}], ids=str
+)
 @pytest.mark.parametrize("tokens", [0, 1, 64, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layer_round_trip_continues_exactly(tmp_path, filled_layer, random_tokens, settings, tokens, dtype):
@@ -37,9 +39,7 @@ def test_layer_round_trip_continues_exactly(tmp_path, filled_layer, random_token
     import_layer(twin, tensors, header["layer"], torch.device("cpu"))
     assert twin.length == layer.length
     more = random_tokens(9, 2, 2, 100, 64, dtype)
-    for one, other in zip(
-        layer.append(*more).materialize(), twin.append(*more).materialize(), strict=True
-    ):
+    for one, other in zip(layer.append(*more).materialize(), twin.append(*more).materialize(), strict=True):
         assert torch.equal(one, other)
     if layer.pool.pages:
         assert torch.equal(layer.pool.raw(), twin.pool.raw())
@@ -50,7 +50,9 @@ def test_every_altered_byte_is_noticed(saved, tmp_path):
     whole = path.read_bytes()
     rng = random.Random(0)
     header_bytes = int.from_bytes(whole[:8], "little") + 8
-    positions = [rng.randrange(header_bytes) for _ in range(150)] + [rng.randrange(len(whole)) for _ in range(150)]
+    positions = [rng.randrange(header_bytes) for _ in range(150)] + [
+        rng.randrange(len(whole)) for _ in range(150)
+    ]
     other = tmp_path / "altered"
     for position in [0, 7, 8, header_bytes, len(whole) - 1, *positions]:
         altered = bytearray(whole)
@@ -107,7 +109,10 @@ def test_another_configuration_is_refused(saved):
     layer, path = saved
     tensors, header = read_file(path)
     about = header["layers"][0]
-    for config, window in ((CacheConfig(bits_k=4, bits_v=5), None), (CacheConfig(bits_k=3, bits_v=5, seed=1), None)):
+    for config, window in (
+        (CacheConfig(bits_k=4, bits_v=5), None),
+        (CacheConfig(bits_k=3, bits_v=5, seed=1), None),
+    ):
         with pytest.raises(ModelMismatchError, match="was saved with"):
             import_layer(CompressedLayer(config, 0, window), tensors, about, torch.device("cpu"))
     with pytest.raises(ModelMismatchError, match="sliding_window"):

@@ -70,7 +70,8 @@ def fill(backend):
             buffer.fill_(0xFF)
             part = slice(start * PAGE_TOKENS, stop * PAGE_TOKENS)
             by_page = [
-                x[:, :, part].unflatten(2, (-1, PAGE_TOKENS)).transpose(1, 2).flatten(0, 1) for x in (keys, values)
+                x[:, :, part].unflatten(2, (-1, PAGE_TOKENS)).transpose(1, 2).flatten(0, 1)
+                for x in (keys, values)
             ]
             backend.encode(*by_page, page_format, buffer)
             pool.commit(ids, buffer)
@@ -112,7 +113,8 @@ def exact_tokens():
 
     def make(generator, batch, heads, tokens, key_dim, value_dim, dtype):
         buffers = [
-            torch.full((batch, heads, tokens + 5, dim), torch.nan, dtype=dtype) for dim in (key_dim, value_dim)
+            torch.full((batch, heads, tokens + 5, dim), torch.nan, dtype=dtype)
+            for dim in (key_dim, value_dim)
         ]
         for buffer in buffers:
             buffer[:, :, 3 : 3 + tokens] = torch.randn(

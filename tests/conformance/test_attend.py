@@ -71,7 +71,9 @@ def test_attention_equals_reference(backend, format_for, fill, exact_tokens, ref
         )
         exact = [sinks, recent] if with_sinks else [recent]
         all_keys = torch.cat([*(e.keys.double() for e in exact[:-1]), filled.keys, recent.keys.double()], 2)
-        all_values = torch.cat([*(e.values.double() for e in exact[:-1]), filled.values, recent.values.double()], 2)
+        all_values = torch.cat(
+            [*(e.values.double() for e in exact[:-1]), filled.values, recent.values.double()], 2
+        )
         wanted, wanted_lse = reference_attention(query, all_keys, all_values, None, scaling)
         check(backend, attended, wanted, wanted_lse, dtype)
 
@@ -126,7 +128,9 @@ def test_a_query_that_sees_nothing_gives_zero(backend, format_for, fill, exact_t
     query = torch.randn(2, 2, 1, 64, generator=generator)
     mask = torch.ones(2, 1, 1, 65, dtype=torch.bool)
     mask[1] = False
-    attended = backend.attend(query, fill(page_format, keys, values).pool.history(), None, recent, mask, 0.125)
+    attended = backend.attend(
+        query, fill(page_format, keys, values).pool.history(), None, recent, mask, 0.125
+    )
     assert torch.equal(attended.out[1], torch.zeros_like(attended.out[1]))
     assert (attended.lse[1] == -torch.inf).all()
     assert attended.out[0].abs().min() > 0

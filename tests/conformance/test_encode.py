@@ -14,7 +14,17 @@ BOUNDARY_ROUNDING = 1e-6
 # bfloat16 has 8 significant bits; a scale on a rounding tie may fall to either side.
 SCALE_ULP = 2.0**-7
 
-SHAPES = [(4, 2, 128), (3, 3, 128), (2, 4, 64), (8, 8, 64), (4, 4, 80), (3, 2, 96), (4, 3, 256), (1, 5, 64), (7, 6, 48)]
+SHAPES = [
+    (4, 2, 128),
+    (3, 3, 128),
+    (2, 4, 64),
+    (8, 8, 64),
+    (4, 4, 80),
+    (3, 2, 96),
+    (4, 3, 256),
+    (1, 5, 64),
+    (7, 6, 48),
+]
 
 
 def check_codes(codec, encoded, vectors):
@@ -44,7 +54,10 @@ def test_codes_equal_core(backend, format_for, fill, bits_k, bits_v, dim, dtype)
     keys, values = keys.to(dtype), values.to(dtype)
     filled = fill(page_format, keys, values)
     pages = backend.to_canonical(filled.pool.raw(), page_format)
-    for codec, encoded, vectors in ((page_format.key, pages.key, keys), (page_format.value, pages.value, values)):
+    for codec, encoded, vectors in (
+        (page_format.key, pages.key, keys),
+        (page_format.value, pages.value, values),
+    ):
         by_page = vectors.unflatten(2, (2, 64)).transpose(1, 2)
         check_codes(codec, encoded, by_page)
 
@@ -99,7 +112,9 @@ def test_special_vectors(backend, format_for, fill):
             bfloat16.from_bits(encoded.scales), bfloat16.from_bits(wanted.scales), rtol=SCALE_ULP, atol=0
         )
         rows = np.array(marked)
-        np.testing.assert_array_equal(encoded.codes[0, 0, 0, rows[[0, 1, 4, 5]]], wanted.codes[0, 0, 0, rows[[0, 1, 4, 5]]])
+        np.testing.assert_array_equal(
+            encoded.codes[0, 0, 0, rows[[0, 1, 4, 5]]], wanted.codes[0, 0, 0, rows[[0, 1, 4, 5]]]
+        )
     rest = [token for token in range(64) if token not in marked]
     assert torch.equal(filled.keys[:, :, rest], clean.keys[:, :, rest])
     decoded = backend.decode(filled.pool.raw(), page_format, torch.float16).keys
