@@ -110,7 +110,7 @@ static void history_part(const job *j, const place *at) {
     rotate_queries(j, at);
     for (int block = begin; block < end; block += BLOCK_PAGES) {
         const int pages = end - block < BLOCK_PAGES ? end - block : BLOCK_PAGES;
-        const uint8_t *page[BLOCK_PAGES], *values[BLOCK_PAGES];
+        const uint8_t *page[BLOCK_PAGES], *values[BLOCK_PAGES + 1];
         for (int p = 0; p < pages; p++) {
             page[p] = (const uint8_t *)(intptr_t)addresses[block + p] + at->head * f->page_bytes;
             values[p] = page[p] + f->value_codes_at;
@@ -121,6 +121,8 @@ static void history_part(const job *j, const place *at) {
                 value_scale[TQAI_PAGE_TOKENS * p + t] = bits_to_float((uint32_t)vs[t] << 16) * VALUE_DOWN;
             }
         }
+        const int64_t after = block + pages < end ? addresses[block + pages] : addresses[block];
+        values[pages] = (const uint8_t *)(intptr_t)after + at->head * f->page_bytes;
         const int first = block == 0 ? a->first_token : 0;
         const int64_t column = a->exact[0].tokens + (int64_t)block * TQAI_PAGE_TOKENS - a->first_token;
         for (int r = 0, rows; r < j->rows; r += rows) {
@@ -128,7 +130,8 @@ static void history_part(const job *j, const place *at) {
             const size_t row = at->first_row + (size_t)r;
             const int16_t *q = j->q + row * (size_t)key_dim;
             for (int p = 0; p < pages; p++)
-                j->kernels->key_dots(&f->key, page[p], q, rows, dots + TQAI_PAGE_TOKENS * p);
+                j->kernels->key_dots(&f->key, page[p], p + 1 < pages ? page[p + 1] : values[0], q, rows,
+                                     dots + TQAI_PAGE_TOKENS * p);
             block_mask mask = {.stride = a->mask_strides[3], .first = first};
             for (int i = 0; i < rows; i++) mask.row[i] = mask_at(j, at, r + i, column);
             float *acc = j->acc + row * (size_t)value_dim;

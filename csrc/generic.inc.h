@@ -6,10 +6,18 @@
  *   values_column(units, stride, w, rows, dim, out)       out [rows][16 dims] += sums over 32 units
  */
 
-static void key_dots(const tqai_codec *codec, const uint8_t *codes, const int16_t *q, int rows, int32_t *dots) {
+/* Lines of part `part` of `parts` of a page side: few at a time, so that they do not queue up. */
+static inline void prefetch(const tqai_codec *codec, const uint8_t *codes, int part, int parts) {
+    const int lines = 8 * codec->head_dim * codec->bits / LINE_BYTES;
+    for (int i = lines * part / parts; i < lines * (part + 1) / parts; i++) __builtin_prefetch(codes + LINE_BYTES * i);
+}
+
+static void key_dots(const tqai_codec *codec, const uint8_t *codes, const uint8_t *next, const int16_t *q, int rows,
+                     int32_t *dots) {
     _Alignas(64) int16_t level[2 * TQAI_MAX_HEAD_DIM * UNIT];
     load_levels(codec, codes, level);
     for (int group = 0; group < 4; group++) {
+        prefetch(codec, next, group, 4);
         if (rows == 1) keys_group(level, q, 1, codec->head_dim, group, dots);
         else if (rows == 2) keys_group(level, q, 2, codec->head_dim, group, dots);
         else keys_group(level, q, 4, codec->head_dim, group, dots);
@@ -26,6 +34,7 @@ static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, int
         load_levels(codec, codes[page], level);
         const int16_t *weight = w + TQAI_PAGE_TOKENS * page;
         for (int column = 0; column < dim / 16; column++) {
+            prefetch(codec, codes[page + 1], column, dim / 16);
             const int chunk = column / 4, groups = tqai_chunk_groups(dim, 64 * chunk);
             const int16_t *units = level + (128 * chunk + column % 4) * UNIT;
             int32_t *out = sums + 16 * column;

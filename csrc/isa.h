@@ -26,9 +26,12 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    /* dots[r * BLOCK_TOKENS + t] = sum over d of q[r * head_dim + d] * level(key t, dim d); 64 tokens */
-    void (*key_dots)(const tqai_codec *codec, const uint8_t *codes, const int16_t *q, int rows, int32_t *dots);
-    /* acc[r * head_dim + d] += step[r] * sum over pages, t of w[r * BLOCK_TOKENS + 64 page + t] * level */
+    /* dots[r * BLOCK_TOKENS + t] = sum over d of q[r * head_dim + d] * level(key t, dim d); 64 tokens.
+     * `next` (any address): what will be read next is prefetched from there, as codes are read. */
+    void (*key_dots)(const tqai_codec *codec, const uint8_t *codes, const uint8_t *next, const int16_t *q, int rows,
+                     int32_t *dots);
+    /* acc[r * head_dim + d] += step[r] * sum over pages, t of w[r * BLOCK_TOKENS + 64 page + t] * level;
+     * codes has pages + 1 entries, the last one only to prefetch from */
     void (*value_sums)(const tqai_codec *codec, const uint8_t *const *codes, int pages, const int16_t *w,
                        const float *step, int rows, float *acc);
     /* Logits, maximum, weights of one block of `tokens` (a multiple of 64). Turns dots into int16 weights

@@ -70,14 +70,20 @@ INLINE __m512i unit_levels(const levels *table, int bits, const uint8_t *codes, 
     return _mm512_permutexvar_epi16(index, table->part[0]);
 }
 
+/* The lines of four quads, 4 * first .. (of 3 bits: of the low plane; the high plane is half as long). */
+INLINE void prefetch_quads(const uint8_t *codes, int bits, int first) {
+    const int k = bits == 3 ? 8 : 16 / bits;
+    for (int i = 0; i < 16 / k; i++) _mm_prefetch((const char *)(codes + LINE_BYTES * (first * 4 / k + i)), _MM_HINT_T0);
+}
+
 INLINE __m512i pair_of(const int16_t *terms) {
     int32_t both;
     memcpy(&both, terms, sizeof both);
     return _mm512_set1_epi32(both);
 }
 
-INLINE void key_dots_of(const tqai_codec *codec, int bits, const uint8_t *codes, const int16_t *q, int rows,
-                        int32_t *dots) {
+INLINE void key_dots_of(const tqai_codec *codec, int bits, const uint8_t *codes, const uint8_t *next,
+                        const int16_t *q, int rows, int32_t *dots) {
     const int dim = codec->head_dim;
     const uint8_t *high = codes + tqai_high_plane_at(dim);
     const levels table = load_levels(codec, bits);
@@ -87,6 +93,7 @@ INLINE void key_dots_of(const tqai_codec *codec, int bits, const uint8_t *codes,
 #pragma GCC unroll 4
         for (int g = 0; g < 4; g++) sum[r][g] = _mm512_setzero_si512();
     for (int first = 0; first < dim / 2; first += 4) {
+        prefetch_quads(next, bits, first);
 #pragma GCC unroll 4
         for (int s = 0; s < 4; s++) {
             __m512i level[4];
@@ -120,6 +127,7 @@ INLINE void value_chunk(const tqai_codec *codec, int bits, const levels *table, 
         const uint8_t *high = codes[page] + tqai_high_plane_at(dim);
         const int16_t *weight = w + TQAI_PAGE_TOKENS * page;
         for (int quad = 0; quad < 32 / pairs; quad += 4) {
+            prefetch_quads(codes[page + 1], bits, 32 * chunk + quad);
 #pragma GCC unroll 4
             for (int s = 0; s < 4; s++) {
                 __m512i level[4];
@@ -162,8 +170,9 @@ INLINE void value_sums_of(const tqai_codec *codec, int bits, const uint8_t *cons
 /* A function of its own for every number of bits and rows, so that all of the above unrolls. */
 #define SPECIAL(bits, rows)                                                                                     \
     static __attribute__((noinline)) void keys_##bits##_##rows(const tqai_codec *c, const uint8_t *codes,       \
-                                                               const int16_t *q, int32_t *dots) {               \
-        key_dots_of(c, bits, codes, q, rows, dots);                                                             \
+                                                               const uint8_t *next, const int16_t *q,           \
+                                                               int32_t *dots) {                                 \
+        key_dots_of(c, bits, codes, next, q, rows, dots);                                                           \
     }                                                                                                           \
     static __attribute__((noinline)) void values_##bits##_##rows(const tqai_codec *c, const uint8_t *const *p,  \
                                                                  int pages, const int16_t *w, const float *step, \
@@ -187,8 +196,9 @@ ALL_ROWS(2) ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8)
         default: BY_ROWS(name, 8, __VA_ARGS__); break;  \
     }
 
-static void key_dots(const tqai_codec *codec, const uint8_t *codes, const int16_t *q, int rows, int32_t *dots) {
-    BY_BITS(keys, codec, codes, q, dots)
+static void key_dots(const tqai_codec *codec, const uint8_t *codes, const uint8_t *next, const int16_t *q, int rows,
+                     int32_t *dots) {
+    BY_BITS(keys, codec, codes, next, q, dots)
 }
 
 static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, int pages, const int16_t *w,

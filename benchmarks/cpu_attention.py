@@ -1,0 +1,276 @@
+"""How fast is decode attention on packed codes on this CPU?
+
+    python benchmarks/cpu_attention.py [--quick] [--out benchmarks/results/cpu_attention.json]
+
+One layer, batch 1, 8 KV heads, 32 query heads, head_dim 128, one new token. Every path attends to the
+same tokens; a path is timed only after its result agrees with float64 attention to what it stores. The
+packed paths are compared with the fastest of five torch formulations on bfloat16 and on float32.
+Times are medians of interleaved runs; "best" is the least. Also measured: the encoder, and the machine's
+read bandwidth in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tqai.backends import load
+from tqai.backends.base import ExactTokens, History
+from tqai.cache.layer import page_format_for
+from tqai.config import CacheConfig
+from tqai.core.page import PAGE_TOKENS
+
+KV_HEADS, GROUP, DIM = 8, 4, 128
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+PAIRS = ((4, 4), (4, 2), (3, 3), (2, 2), (8, 8))
+SCALING = DIM**-0.5
+KERNEL_TOLERANCE = 2e-3
+TORCH_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def packed(backend, bits, tokens, query):
+    """(call, its decoded keys and values float64, bytes held) of a history of random tokens."""
+    page_format = page_format_for(CacheConfig(bits_k=bits[0], bits_v=bits[1]), DIM, DIM)
+    pages = tokens // PAGE_TOKENS
+    slab = torch.empty((pages, KV_HEADS, page_format.page_bytes), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(tokens)
+    for start in range(0, pages, 64):
+        shape = (min(64, pages - start), KV_HEADS, PAGE_TOKENS, DIM)
+        rows = [torch.randn(shape, generator=generator) for _ in range(2)]
+        backend.encode(*rows, page_format, slab[start : start + 64])
+    addresses = (slab.data_ptr() + torch.arange(pages) * slab.stride(0)).view(1, pages)
+    history = History(page_format, [slab], [0], np.arange(pages, dtype=np.int32)[None], addresses)
+    recent = ExactTokens(*(torch.randn(1, KV_HEADS, 1, DIM, generator=generator) for _ in range(2)))
+
+    def call() -> torch.Tensor:
+        return backend.attend(query, history, None, recent, None, SCALING).out
+
+    def tokens64():
+        decoded = backend.decode(slab, page_format, torch.float32)
+        return [
+            torch.cat([old.transpose(0, 1).flatten(1, 2)[None].double(), new.double()], 2)
+            for old, new in zip(decoded, recent, strict=True)
+        ]
+
+    return call, tokens64, slab.numel()
+
+
+def torch_paths(dtype, tokens):
+    """Name -> call of every formulation of the same attention in torch, and its tokens."""
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(1, KV_HEADS * GROUP, 1, DIM, generator=generator).to(dtype)
+    keys, values = (torch.randn(1, KV_HEADS, tokens, DIM, generator=generator).to(dtype) for _ in range(2))
+    rows = query.view(1, KV_HEADS, GROUP, DIM)
+    shape = query.shape
+
+    def plain() -> torch.Tensor:
+        weights = torch.softmax(torch.matmul(rows * SCALING, keys.transpose(-1, -2)), dim=-1)
+        return torch.matmul(weights, values).view(shape)
+
+    def batched() -> torch.Tensor:
+        weights = torch.bmm(rows[0] * SCALING, keys[0].transpose(-1, -2)).softmax(-1)
+        return torch.bmm(weights, values[0]).view(shape)
+
+    paths = {
+        "sdpa_gqa": lambda: F.scaled_dot_product_attention(query, keys, values, enable_gqa=True),
+        "sdpa_rows": lambda: F.scaled_dot_product_attention(rows, keys, values).view(shape),
+        "matmul": plain,
+        "bmm": batched,
+    }
+    if tokens <= 32768:
+        wide = [x.repeat_interleave(GROUP, dim=1) for x in (keys, values)]
+        paths["sdpa_repeated"] = lambda: F.scaled_dot_product_attention(query, *wide)
+    return paths, query, keys, values
+
+
+def flex_path(dtype, tokens):
+    """flex attention, compiled; None with the reason where torch cannot build it here."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    _, query, keys, values = torch_paths(dtype, tokens)
+    compiled = torch.compile(flex_attention)
+
+    def call() -> torch.Tensor:
+        return compiled(query, keys, values, enable_gqa=True)
+
+    try:
+        call()
+    except Exception as error:
+        return None, str(error).splitlines()[0][:200]
+    return call, None
+
+
+def attention64(query, keys, values):
+    rows = query.double().view(1, KV_HEADS, GROUP, DIM)
+    weights = torch.softmax(rows @ keys.transpose(-1, -2) * SCALING, -1)
+    return (weights @ values).view(query.shape)
+
+
+def error_of(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def interleaved(calls, budget_s):
+    """Times in ms of every call, taken in turns so that all see the same noise."""
+    times = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + budget_s
+    while time.perf_counter() < end or min(len(x) for x in times.values()) < 7:
+        for name, call in calls.items():
+            call()  # the second of two in a row: threads awake, as within a model
+            start = time.perf_counter()
+            call()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {
+        name: {"median_ms": statistics.median(x), "best_ms": min(x), "runs": len(x)}
+        for name, x in times.items()
+    }
+
+
+def read_bandwidth(size_bytes=1 << 28):
+    """Bytes per second of summing a buffer larger than the caches with all threads."""
+    buffer = torch.ones(size_bytes // 8, dtype=torch.int64)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        buffer.sum()
+        times.append(time.perf_counter() - start)
+    return size_bytes / min(times)
+
+
+def at_length(backend, isas, pairs, tokens, budget_s):
+    query = torch.randn(1, KV_HEADS * GROUP, 1, DIM, generator=torch.Generator().manual_seed(2))
+    calls, bytes_held, errors = {}, {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        paths, torch_query, keys, values = torch_paths(dtype, tokens)
+        wanted = attention64(torch_query, keys.double(), values.double())
+        for path, call in paths.items():
+            full = f"torch {path} {name}"
+            errors[full] = error_of(call(), wanted)
+            assert errors[full] < TORCH_TOLERANCE[name], (full, errors[full])
+            calls[full] = call
+            bytes_held[full] = keys.nbytes + values.nbytes
+    for pair in pairs:
+        call, tokens64, size = packed(backend, pair, tokens, query)
+        wanted = attention64(query, *tokens64())
+        for isa in isas:
+            assert backend.use_isa(isa)
+            full = f"native {isa} K{pair[0]}/V{pair[1]}"
+            errors[full] = error_of(call(), wanted)
+            assert errors[full] < KERNEL_TOLERANCE, (full, errors[full])
+
+            def with_isa(call=call, isa=isa):
+                backend.use_isa(isa)
+                return call()
+
+            calls[full] = with_isa
+            bytes_held[full] = size
+    times = interleaved(calls, budget_s)
+    torch_best = min(v["median_ms"] for k, v in times.items() if k.startswith("torch"))
+    for name, entry in times.items():
+        entry["relative_error"] = errors[name]
+        entry["bytes_held"] = bytes_held[name]
+        entry["times_faster_than_fastest_torch"] = torch_best / entry["median_ms"]
+    return times
+
+
+def encode_rates(backend, isas):
+    """MB of float32 input per second and core, one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rates = {}
+    rows = [torch.randn(8, KV_HEADS, PAGE_TOKENS, DIM) for _ in range(2)]
+    for isa in isas:
+        assert backend.use_isa(isa)
+        for bits_k, bits_v in PAIRS:
+            page_format = page_format_for(CacheConfig(bits_k=bits_k, bits_v=bits_v), DIM, DIM)
+            out = torch.empty(8, KV_HEADS, page_format.page_bytes, dtype=torch.uint8)
+            times = []
+            for _ in range(15):
+                start = time.thread_time()
+                backend.encode(*rows, page_format, out)
+                times.append(time.thread_time() - start)
+            rates[f"{isa} K{bits_k}/V{bits_v}"] = round(2 * rows[0].nbytes / min(times) / 1e6)
+    torch.set_num_threads(before)
+    return rates
+
+
+def commit():
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    return done.stdout.strip() or None
+
+
+def cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        return f"{found.get('model name')} family {found.get('cpu family')} model {found.get('model')}"
+    except OSError:
+        return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="4k and 32k tokens only")
+    parser.add_argument("--budget", type=float, default=8.0, help="seconds per length")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_attention.json")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    backend = load("native")
+    chosen = backend.isa
+    isas = [isa for isa in ("avx512", "avx2", "neon") if backend.use_isa(isa)]
+    result = {
+        "question": __doc__.splitlines()[0],
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "instruction_set": chosen},
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
+        "commit": commit(),
+        "shape": {
+            "batch": 1,
+            "kv_heads": KV_HEADS,
+            "query_heads": KV_HEADS * GROUP,
+            "head_dim": DIM,
+            "new_tokens": 1,
+        },
+        "read_bytes_per_s": read_bandwidth(),
+        "encode_MB_per_s_per_core": encode_rates(backend, isas),
+        "lengths": {},
+    }
+    call, reason = flex_path(torch.float32, 4096)
+    result["flex_attention_4096_float32"] = interleaved({"flex": call}, 1.0)["flex"] if call else reason
+    for tokens in (4096, 32768) if options.quick else LENGTHS:
+        times = at_length(backend, isas, PAIRS, tokens, options.budget)
+        result["lengths"][tokens] = times
+        for name, entry in sorted(times.items(), key=lambda item: item[1]["median_ms"]):
+            print(
+                f"{tokens:7} {name:28} {entry['median_ms']:9.3f} ms  best {entry['best_ms']:9.3f}"
+                f"  {entry['times_faster_than_fastest_torch']:6.2f}x  error {entry['relative_error']:.1e}"
+            )
+    result["read_bytes_per_s_at_the_end"] = read_bandwidth()
+    for times in result["lengths"].values():
+        for name, entry in times.items():
+            if name.startswith("native"):
+                entry["of_the_time_to_read_its_bytes"] = (
+                    entry["median_ms"] / 1e3 / (entry["bytes_held"] / result["read_bytes_per_s"])
+                )
+    backend.use_isa(chosen)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"read {result['read_bytes_per_s'] / 1e9:.1f} GB/s; encode {result['encode_MB_per_s_per_core']}")
+
+
+if __name__ == "__main__":
+    main()

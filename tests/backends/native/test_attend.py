@@ -1,0 +1,187 @@
+"""Attention: every pair of bits on every instruction set, masks, windows, padding and special values."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tqai.backends.base import ExactTokens
+
+MOST_ERROR = 2e-3
+"""Relative L2 error that is promised; logits of order 1 stay far below it."""
+
+
+def relative(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def run(
+    backend,
+    attention64,
+    found,
+    tokens,
+    batch,
+    heads,
+    group,
+    new,
+    dtype=torch.float32,
+    sinks=0,
+    window=0,
+    **more,
+):
+    """Attend with sinks and recent tokens around the history; (Attended, out64, lse64)."""
+    history, keys, values = found
+    key_dim, value_dim = keys.shape[-1], values.shape[-1]
+    generator = torch.Generator().manual_seed(7)
+
+    def exact(count):
+        shape = (batch, heads, count)
+        return ExactTokens(
+            *(torch.randn(*shape, dim, generator=generator).to(dtype) for dim in (key_dim, value_dim))
+        )
+
+    first = exact(sinks) if sinks else None
+    recent = exact(new + window)
+    query = torch.randn(batch, heads * group, new, key_dim, generator=generator).to(dtype)
+    parts = [(keys, values), recent] if first is None else [first, (keys, values), recent]
+    all_keys, all_values = (torch.cat([part[i].double() for part in parts], 2) for i in (0, 1))
+    assert all_keys.shape[2] == tokens + sinks + new + window
+    mask, scaling, softcap = more.get("mask"), more.get("scaling", key_dim**-0.5), more.get("softcap")
+    wanted = attention64(query, all_keys, all_values, mask, scaling, softcap)
+    return backend.attend(query, history, first, recent, mask, scaling, softcap), *wanted
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_every_pair_of_bits(each_isa, page_format, history, attention64, dim):
+    for bits_k, bits_v in itertools.product((2, 3, 4, 8), repeat=2):
+        found = history(page_format(bits_k, bits_v, dim), 1, 2, 9)
+        attended, out, lse = run(each_isa, attention64, found, 576, 1, 2, 4, 1)
+        # measured 2e-4 to 5e-4; a level or a scale that is wrong anywhere costs more
+        assert relative(attended.out, out) < MOST_ERROR / 2, (bits_k, bits_v)
+        torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "group, new", [(1, 1), (2, 1), (3, 1), (4, 2), (7, 1), (8, 3), (1, 16), (2, 17), (2, 70)]
+)
+def test_groups_and_new_tokens(each_isa, page_format, history, attention64, group, new):
+    found = history(page_format(4, 2, 64), 2, 2, 3)
+    attended, out, lse = run(each_isa, attention64, found, 192, 2, 2, group, new, sinks=3, window=65)
+    assert relative(attended.out, out) < MOST_ERROR / 2
+    torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types(each_isa, page_format, history, attention64, dtype):
+    found = history(page_format(3, 3, 96), 1, 2, 2)
+    attended, out, _ = run(each_isa, attention64, found, 128, 1, 2, 2, 2, dtype, sinks=1)
+    assert attended.out.dtype == dtype
+    assert relative(attended.out, out) < MOST_ERROR + torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("pages, first_token", [(1, 63), (1, 1), (8, 5), (9, 33), (17, 0), (40, 7)])
+def test_pages_and_sliding_window(each_isa, page_format, history, attention64, pages, first_token):
+    found = history(page_format(4, 4, 128), 2, 1, pages, first_token, slack=3)
+    attended, out, lse = run(each_isa, attention64, found, 64 * pages - first_token, 2, 1, 4, 1)
+    assert relative(attended.out, out) < MOST_ERROR / 2
+    torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=1e-3)
+
+
+def test_keys_and_values_of_different_size(each_isa, page_format, history, attention64):
+    found = history(page_format(4, 3, 192, 128), 1, 2, 3)
+    attended, out, _ = run(each_isa, attention64, found, 192, 1, 2, 4, 1)
+    assert relative(attended.out, out) < MOST_ERROR / 2
+
+
+@pytest.mark.parametrize("softcap", [1.0, 30.0])
+def test_softcap(each_isa, page_format, history, attention64, softcap):
+    found = history(page_format(4, 4, 64), 1, 2, 3)
+    attended, out, lse = run(each_isa, attention64, found, 192, 1, 2, 4, 1, softcap=softcap, scaling=0.5)
+    assert relative(attended.out, out) < MOST_ERROR
+    torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=3e-3)
+
+
+@pytest.mark.parametrize("layout", ["padding", "random", "per_head", "strided"])
+def test_masks(each_isa, page_format, history, attention64, layout):
+    batch, heads, group, new = 3, 2, 4, 5
+    found = history(page_format(4, 2, 128), batch, heads, 10, first_token=9)
+    tokens = 640 - 9
+    total = 2 + tokens + new + 1
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.ones(batch, 1, new, total, dtype=torch.bool).tril(total - new)
+    if layout == "padding":
+        mask &= torch.arange(total) >= torch.tensor([0, 100, 600])[:, None, None, None]
+    else:
+        wide = 1 if layout == "random" else heads * group
+        mask = mask & (torch.rand(batch, wide, new, total, generator=generator) < 0.4)
+    if layout == "strided":
+        buffer = torch.zeros(batch, total, new, heads * group, dtype=torch.bool)
+        buffer.copy_(mask.permute(0, 3, 2, 1))
+        mask = buffer.permute(0, 3, 2, 1)
+    attended, out, lse = run(
+        each_isa, attention64, found, tokens, batch, heads, group, new, sinks=2, window=1, mask=mask
+    )
+    assert relative(attended.out, out) < MOST_ERROR / 2
+    torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=1e-3)
+
+
+def test_what_is_masked_never_shows(each_isa, page_format, history):
+    pages = page_format(4, 4, 64)
+    found, _, _ = history(pages, 1, 1, 2)
+    raw = found.slabs[0]
+    page = int(found.table[0, 1])
+    raw[page, 0, pages.key_scales_at : pages.key_scales_at + 8] = 0xFF  # tokens 64 to 67: NaN keys
+    raw[page, 0, pages.value_scales_at + 8 : pages.value_scales_at + 16] = 0xFF  # 68 to 71: NaN values
+    exact = ExactTokens(torch.randn(1, 1, 3, 64), torch.randn(1, 1, 3, 64))
+    exact.keys[0, 0, 0], exact.values[0, 0, 1] = torch.nan, torch.nan
+    query = torch.randn(1, 4, 1, 64)
+    mask = torch.ones(1, 1, 1, 131, dtype=torch.bool)
+    mask[..., 64:72] = False
+    mask[..., 128:130] = False
+    attended = each_isa.attend(query, found, None, exact, mask, 0.125)
+    assert attended.out.isfinite().all() and attended.lse.isfinite().all()
+    for column in (64, 68, 128, 129):
+        shown = mask.clone()
+        shown[..., column] = True
+        assert each_isa.attend(query, found, None, exact, shown, 0.125).out.isnan().all(), column
+    nothing = each_isa.attend(query, found, None, exact, torch.zeros_like(mask), 0.125)
+    assert (nothing.out == 0).all() and (nothing.lse == -torch.inf).all()
+
+
+def test_huge_and_tiny_values(each_isa, page_format, attention64, native):
+    pages = page_format(4, 8, 64)
+    for size in (1e-25, 1e-12, 1e12, 1e37):
+        values = torch.randn(1, 2, 64, 64) * size
+        raw = torch.empty(1, 2, pages.page_bytes, dtype=torch.uint8)
+        native.encode(torch.randn(1, 2, 64, 64), values, pages, raw)
+        keys, values = (x.double() for x in native.decode(raw, pages, torch.float32))
+        history = make_history(pages, raw)
+        recent = ExactTokens(torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64) * size)
+        query = torch.randn(1, 2, 1, 64)
+        out = attention64(
+            query,
+            torch.cat([keys, recent.keys], 2),
+            torch.cat([values, recent.values.double()], 2),
+            None,
+            0.1,
+        )[0]
+        assert relative(each_isa.attend(query, history, None, recent, None, 0.1).out, out) < MOST_ERROR, size
+
+
+def make_history(pages, raw):
+    import numpy as np
+
+    from tqai.backends.base import History
+
+    addresses = torch.tensor([[raw.data_ptr()]], dtype=torch.int64)
+    return History(pages, [raw], [0], np.zeros((1, 1), dtype=np.int32), addresses)
+
+
+def test_peaked_attention(each_isa, page_format, history, attention64):
+    """One token of 4096 holds nearly all weight: what the others add must not be lost to its scale."""
+    found = history(page_format(8, 4, 128), 1, 2, 64)
+    attended, out, lse = run(each_isa, attention64, found, 4096, 1, 2, 4, 1, scaling=0.5)
+    assert relative(attended.out, out) < 3e-3  # logits of order 20: 1e-4 of a logit is 2e-3 of a weight
+    torch.testing.assert_close(attended.lse.double(), lse, rtol=5e-4, atol=1e-3)
