@@ -25,7 +25,9 @@ def copy(tmp_path):
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copy(ROOT / "docs" / "cli.md", tmp_path / "docs")
-    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for result in (ROOT / "benchmarks" / "results").glob("*.json"):
+        shutil.copy(result, tmp_path / "benchmarks" / "results")
     return tmp_path
 
 
