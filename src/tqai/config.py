@@ -120,7 +120,9 @@ class CacheConfig:
         known = {field.name for field in fields(cls)}
         for name in settings:
             if name not in known:
-                raise ConfigError(f"{name!r} is no setting of a cache: allowed are {', '.join(sorted(known))}")
+                raise ConfigError(
+                    f"{name!r} is no setting of a cache: allowed are {', '.join(sorted(known))}"
+                )
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def test_non_finite_tokens_are_named_and_change_nothing(filled_layer, random_tok
     raw = layer.pool.raw()
     keys, values = random_tokens(6, 1, 2, 5, 64)
     values[0, 1, 3, 7] = torch.inf
-    with pytest.raises(NonFiniteError, match="values of layer 0 .* token 73"):
+    with pytest.raises(NonFiniteError, match=r"values of layer 0 .* token 73"):
         layer.append(keys, values)
     assert layer.length == 70
     assert torch.equal(layer.pool.raw(), raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def fill(backend):
         pool = PagePool(page_format, batch, heads, keys.device)
         pages = tokens // PAGE_TOKENS
         cuts = np.linspace(0, pages, slabs + 1).astype(int)
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in pairwise(cuts):
             if stop == start:
                 continue
             ids, buffer = pool.append(int(stop - start))

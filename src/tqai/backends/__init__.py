@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ class Choice:
         return _choice_by_name, (self.backend.name, self.reason)
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> Backend:
     """The backend of that name; one object per process.
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from tqai.backends import Choice, load, resolve
-from tqai.backends.base import Attended, ExactTokens
+from tqai.backends.base import Attended, Backend, ExactTokens
 from tqai.cache.memory import MemoryReport
 from tqai.cache.pages import PagePool
 from tqai.cache.step import Step
 from tqai.cache.window import Window, joined
 from tqai.config import CacheConfig
-from tqai.core.codec import SCALE_BYTES, CodecSpec, make_codec
+from tqai.core.codec import SCALE_BYTES, Codec, CodecSpec, make_codec
 from tqai.core.page import PAGE_TOKENS, PageFormat
 from tqai.errors import BackendError, ConfigError, InputError, NonFiniteError
 
@@ -34,11 +34,11 @@ logger = logging.getLogger("tqai")
 
 def page_format_for(config: CacheConfig, key_dim: int, value_dim: int) -> PageFormat:
     """The page format of a configuration for these head dimensions (keys and values may differ)."""
-    shared = {"rotation": config.rotation, "scale": config.scale, "seed": config.seed}
-    return PageFormat(
-        make_codec(CodecSpec(config.codec, key_dim, config.bits_k, **shared)),
-        make_codec(CodecSpec(config.codec, value_dim, config.bits_v, **shared)),
-    )
+
+    def codec(dim: int, bits: int) -> Codec:
+        return make_codec(CodecSpec(config.codec, dim, bits, config.rotation, config.scale, config.seed))
+
+    return PageFormat(codec(key_dim, config.bits_k), codec(value_dim, config.bits_v))
 
 
 class CompressedLayer:
@@ -114,7 +114,7 @@ class CompressedLayer:
         fits = self.window.append(keys, values)
         recent = self.window.tokens if fits else joined(self.window.tokens, ExactTokens(keys, values))
         trimmed = max(history_from - pages * PAGE_TOKENS, 0)
-        in_sight = ExactTokens(recent.keys[:, :, trimmed:], recent.values[:, :, trimmed:]) if trimmed else recent
+        in_sight = ExactTokens(*(part[:, :, trimmed:] for part in recent)) if trimmed else recent
         step = Step(self.backend, self.sinks, history, in_sight, keys.shape[2])
         self.length += keys.shape[2]
         self._settle(recent, fits)
@@ -206,7 +206,7 @@ class CompressedLayer:
         self._decoded = None
 
     @property
-    def backend(self):  # type: ignore[no-untyped-def]
+    def backend(self) -> Backend:
         """The backend in use."""
         assert self._choice is not None
         return self._choice.backend
@@ -306,11 +306,13 @@ class CompressedLayer:
         if not keys.is_floating_point() or keys.dtype != values.dtype:
             raise InputError(f"keys {keys.dtype} and values {values.dtype}: expected one floating dtype")
         if self.window is not None:
-            for name, new, held in (("keys", keys, self.window.keys), ("values", values, self.window.values)):
-                if new.shape[:2] != held.shape[:2] or new.shape[3] != held.shape[3] or new.dtype != held.dtype:
+            held_parts = (self.window.keys, self.window.values)
+            for name, new, held in zip(("keys", "values"), (keys, values), held_parts, strict=True):
+                same_shape = new.shape[:2] == held.shape[:2] and new.shape[3] == held.shape[3]
+                if not same_shape or new.dtype != held.dtype:
                     raise InputError(
-                        f"{name} {list(new.shape)} {new.dtype} do not continue layer {self.layer}, which holds "
-                        f"[{held.shape[0]}, {held.shape[1]}, tokens, {held.shape[3]}] {held.dtype}"
+                        f"{name} {list(new.shape)} {new.dtype} do not continue layer {self.layer}, "
+                        f"which holds [{held.shape[0]}, {held.shape[1]}, tokens, {held.shape[3]}] {held.dtype}"
                     )
         look = self.config.check_finite
         if look or (look is None and keys.device.type == "cpu"):

@@ -73,7 +73,7 @@ def import_layer(
         layer.window.replace(*window)
         if "key_codes" in tensors:
             parts = [
-                Encoded(tensors[f"{name}_codes"].numpy(), tensors[f"{name}_scales"].numpy().astype(np.uint16))
+                Encoded(tensors[f"{name}_codes"].numpy(), tensors[f"{name}_scales"].numpy())
                 for name in ("key", "value")
             ]
             raw = layer.backend.from_canonical(CanonicalPages(*parts), page_format)

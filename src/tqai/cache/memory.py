@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 __all__ = ["MemoryReport"]
@@ -79,8 +79,9 @@ class MemoryReport:
     def sum(cls, parts: Iterable[MemoryReport]) -> MemoryReport:
         """The parts added up; `tokens` is the largest, backends are listed once each."""
         parts = list(parts)
-        counted = ("values", "codes_bytes", "scales_bytes", "window_bytes", "table_bytes", "slack_bytes")
-        counted = (*counted, "copy_bytes", "other_bytes")
+        counted = [
+            field.name for field in fields(cls) if field.name.endswith("_bytes") or field.name == "values"
+        ]
         return cls(
             tokens=max((part.tokens for part in parts), default=0),
             **{name: sum(getattr(part, name) for part in parts) for name in counted},

@@ -20,9 +20,9 @@ from tqai.core.page import PageFormat
 
 __all__ = ["PagePool"]
 
-SLACK_SHARE = 32
-"""A new slab holds at least 1/32 of the pages held so far: growth takes logarithmically many slabs,
-and at most about 3 % of the pool is allocated ahead."""
+SLACK_SHARE = 64
+"""A new slab holds at least 1/64 of the pages held so far: growth takes logarithmically many slabs,
+and at most about 1.6 % of the pool is allocated ahead."""
 
 
 class PagePool:

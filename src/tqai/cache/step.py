@@ -53,4 +53,5 @@ class Step:
         """The compressed tokens of `history`, decompressed, in the dtype of the recent ones."""
         raw = gather_pages(history, 0, history.pages)
         parts = self.backend.decode(raw, history.page_format, self.recent.keys.dtype)
-        return ExactTokens(*(part.transpose(1, 2).flatten(2, 3)[:, :, history.first_token :] for part in parts))
+        in_order = (part.transpose(1, 2).flatten(2, 3) for part in parts)
+        return ExactTokens(*(part[:, :, history.first_token :] for part in in_order))

@@ -93,7 +93,7 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
 def _digest(tensor: Tensor) -> str:
     hasher = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     if tensor.numel():
-        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqai.config import SCALES
 from tqai.core import bfloat16
 from tqai.core.codebook import codebook
-from tqai.core.codec import SCALE_BYTES, CodecSpec, Encoded, register_codec
+from tqai.core.codec import SCALE_BYTES, CodecSpec, Encoded, make_codec, register_codec
 from tqai.core.packing import pack, packed_bytes, unpack
 from tqai.core.rotation import checked_seed, resolve, rotate, rotation_matrix, unrotate
 from tqai.errors import ConfigError, InputError
@@ -87,6 +87,10 @@ class ScalarCodec:
     def rotation_matrix(self) -> NDArray[np.float64]:
         """Orthogonal `[head_dim, head_dim]`, read-only; a vector x (as a row) is coded as x @ R.T."""
         return rotation_matrix(self._spec.rotation, self._spec.head_dim, self._spec.seed)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copies and unpickled codecs are the one object of their spec."""
+        return make_codec, (self._spec,)
 
     def tables(self) -> Mapping[str, NDArray[np.float32]]:
         """Float32 "centroids" `[2**bits]` and "boundaries" `[2**bits - 1]`, ascending, read-only."""

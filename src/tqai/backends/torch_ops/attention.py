@@ -128,7 +128,8 @@ def _add_history(
     for first_page in range(0, history.pages, tile_pages):
         raw = gather_pages(history, first_page, first_page + tile_pages)
         key_codes, key_scales, value_codes, value_scales = split_page(raw.transpose(1, 2), page_format)
-        keys, values = key_codec.lookup(key_codes).flatten(2, 3), value_codec.lookup(value_codes).flatten(2, 3)
+        keys = key_codec.lookup(key_codes).flatten(2, 3)
+        values = value_codec.lookup(value_codes).flatten(2, 3)
         key_scales, value_scales = key_scales.flatten(2), value_scales.flatten(2)
         if skip:
             keys, values = keys[:, :, skip:], values[:, :, skip:]

@@ -41,7 +41,8 @@ class TorchBackend:
             codes, scales = torch_codec(codec, vectors.device).encode(vectors)
             size = PAGE_TOKENS * codec.row_bytes
             out[..., codes_at : codes_at + size] = codes.flatten(-2)
-            out[..., scales_at : scales_at + PAGE_TOKENS * SCALE_BYTES] = scales.contiguous().view(torch.uint8)
+            scale_octets = scales.contiguous().view(torch.uint8)
+            out[..., scales_at : scales_at + PAGE_TOKENS * SCALE_BYTES] = scale_octets
 
     def decode(self, raw: Tensor, page_format: PageFormat, dtype: torch.dtype) -> ExactTokens:
         """See `Backend.decode`."""
