@@ -312,7 +312,8 @@ class CompressedLayer:
                 if not same_shape or new.dtype != held.dtype:
                     raise InputError(
                         f"{name} {list(new.shape)} {new.dtype} do not continue layer {self.layer}, "
-                        f"which holds [{held.shape[0]}, {held.shape[1]}, tokens, {held.shape[3]}] {held.dtype}"
+                        f"which holds [{held.shape[0]}, {held.shape[1]}, tokens, {held.shape[3]}] "
+                        f"{held.dtype}"
                     )
         look = self.config.check_finite
         if look or (look is None and keys.device.type == "cpu"):

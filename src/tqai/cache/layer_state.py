@@ -90,6 +90,6 @@ def import_layer(
     kept = layer.held_tokens
     if kept > layer.length or (layer.sliding_window is None and kept != layer.length):
         raise CorruptFileError(
-            f"layer {layer.layer} of the file holds {kept} tokens ({layer.pool.pages} pages of {PAGE_TOKENS}) "
-            f"but claims {layer.length}"
+            f"layer {layer.layer} of the file holds {kept} tokens ({layer.pool.pages} pages of "
+            f"{PAGE_TOKENS}) but claims {layer.length}"
         )
