@@ -11,7 +11,7 @@ TEST_WORKERS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-BUILD_TOOLS := scikit-build-core
+BUILD_TOOLS := scikit-build-core cmake ninja
 # An editable install knows the modules by name, so a new, moved or deleted one means installing again.
 MODULES := $(shell find src/tqai -name '*.py' | LC_ALL=C sort | cksum | tr ' ' '-')
 USER_STAMP := $(VENV)/.tqai-user-$(MODULES)
@@ -63,6 +63,7 @@ check-docs: $(DEV_STAMP)  ## fails when the generated parts differ from what `ma
 
 picture: $(DEV_STAMP)  ## docs/images/demo.svg, from a real run of `tqai demo`
 	$(BIN)/python scripts/record_demo.py
+	$(BIN)/python scripts/generate_docs.py
 
 bench: $(DEV_STAMP)  ## the benchmark on the embedded model; writes benchmarks/results/
 	$(BIN)/python benchmarks/demo_model.py
