@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md",)
 CLI = "docs/cli.md"
+PICTURE = "docs/images/demo.svg"
 
 
 def main() -> int:
@@ -108,6 +109,13 @@ def _default(parameter: Any) -> str:
     return "none" if parameter.default is None else str(parameter.default)
 
 
+def picture(root: Path) -> str:
+    """The picture of `tqai demo` (`make picture` draws it), where there is one."""
+    if not (root / PICTURE).is_file():
+        return "`make demo` shows it."
+    return f"![tqai demo: the embedded model's answers with both caches]({PICTURE})"
+
+
 def quality_table(root: Path) -> str:
     """Size, quality and retrieval of every cache on the embedded model."""
     result = _result(root, "demo_model")
@@ -186,7 +194,11 @@ def _result(root: Path, name: str) -> dict[str, Any] | None:
     return result
 
 
-PARTS: dict[str, Callable[[Path], str]] = {"quality": quality_table, "speed": speed_table}
+PARTS: dict[str, Callable[[Path], str]] = {
+    "picture": picture,
+    "quality": quality_table,
+    "speed": speed_table,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

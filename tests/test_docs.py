@@ -25,6 +25,8 @@ def copy(tmp_path):
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copy(ROOT / "docs" / "cli.md", tmp_path / "docs")
+    if (ROOT / "docs" / "images").is_dir():
+        shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     for result in (ROOT / "benchmarks" / "results").glob("*.json"):
         shutil.copy(result, tmp_path / "benchmarks" / "results")
