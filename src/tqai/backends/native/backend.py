@@ -127,6 +127,10 @@ class NativeBackend:
         Raises:
             InputError: a shape, dtype, device, length or page address does not fit.
         """
+        if torch.compiler.is_compiling():
+            from tqai.backends.native.op import attend_traced
+
+            return attend_traced(query, history, sinks, recent, mask, scaling, softcap)
         check_attend(query, history, sinks, recent, mask)
         if query.shape[2] > MAX_NEW_TOKENS:
             return self._attend_long(query, history, sinks, recent, mask, scaling, softcap)
