@@ -34,7 +34,8 @@
 #define QBYTES_ROW (32 * K_STEPS + 16)
 #define PASS_BYTES 544
 #define MAX_STATS 160  // blocks that may share a segment, and more than warps
-#define GROUPS (THREADS / DV < 1 ? 1 : THREADS / DV < WARPS ? THREADS / DV : WARPS)
+#define LOTS (WARPS / COLS < 1 ? 1 : WARPS / COLS)
+#define AHEAD 6
 
 static_assert(SLOT * 4 <= PAGE_BYTES && DK * 4 <= PAGE_BYTES, "a slot must fit into a page buffer");
 
@@ -63,7 +64,7 @@ struct Params {
     int pages, sinks, recent, first_token;
     float scaling, softcap;
     Levels levels_k, levels_v;
-    Divisor by_items, by_heads, by_col_groups, by_group;  // items: of each segment, where all have the same
+    Divisor by_items, by_heads, by_col_groups, by_group, by_grid;  // items: of each segment, where all have the same
 };
 
 struct Piece {
@@ -203,17 +204,17 @@ struct Cursor {
 struct Cuts {
     int total, blocks, each, rest;
     float inverse;
-    __device__ __forceinline__ Cuts(int total, int blocks) : total(total), blocks(blocks) {
-        each = total / blocks;
+    __device__ __forceinline__ Cuts(int total, int blocks, const Divisor& by_grid) : total(total), blocks(blocks) {
+        each = blocks == (int)gridDim.x ? by_grid.divide(total) : total / blocks;
         rest = total - each * blocks;
-        inverse = 1.0f / (float)blocks;
+        inverse = rcp_fast((float)blocks);
     }
     __device__ __forceinline__ int start(int block) const {
         // the dividend is small: half a unit keeps the rounding of the product away from whole numbers
         return block * each + (int)(((float)(block * rest) + 0.5f) * inverse);
     }
     __device__ __forceinline__ int block_of(int item) const {
-        int block = min((int)((float)item * (float)blocks / (float)total), blocks - 1);
+        int block = min((int)((float)item * (float)blocks * rcp_fast((float)total)), blocks - 1);
         while (start(block + 1) <= item) ++block;
         while (start(block) > item) --block;
         return block;
@@ -237,13 +238,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     int* flag = coli + COLS;                        // [4], then where each warp's slot lies
     int* ends = flag + 4 + WARPS;                   // [batch + 1]
 
-#ifdef STAMPS
-#define STAMP(k) if ((threadIdx.x & 31) == 0) ((long long*)p.lut_k)[(blockIdx.x * WARPS + (threadIdx.x >> 5)) * 16 + k] = clock64();
-    if ((threadIdx.x & 31) == 0) asm volatile("mov.u64 %0, %globaltimer;" : "=l"(((long long*)p.lut_k)[(blockIdx.x * WARPS + (threadIdx.x >> 5)) * 16 + 14]));
-#else
-#define STAMP(k)
-#endif
-    STAMP(0)
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     const int g = lane >> 2, c = lane & 3;
     const int heads = p.kv_heads * p.col_groups;
@@ -271,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     }
     const int blocks = min((int)gridDim.x, total), block = blockIdx.x;
     if (block >= blocks) return;
-    const Cuts cuts(total, blocks);
+    const Cuts cuts(total, blocks, p.by_grid);
     const int start = cuts.start(block), stop = cuts.start(block + 1);
 
     u8* my_ring = ring + warp * STAGES * PAGE_BYTES;
@@ -310,6 +304,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
 
         // ---- queries of this piece
         const int cols = min(COLS, p.group * p.new_tokens - s.col_group * COLS);
+        // The first page addresses are asked for first, then all that is small, then the pages.
+        const bool begins = s.begin + s.first == start;
+        if (begins) {
+            cursor.at = start;
+            cursor.stop = stop;
+            cursor.b = 0;
+            cursor.enter(p, ends, warp);
+            cursor.load(p);
+        }
         float early[QUERY_LOADS], early_signs[SIGN_LOADS];
 #pragma unroll
         for (int k = 0; k < QUERY_LOADS; ++k) {
@@ -317,23 +320,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
             int col = s.col_group * COLS + j, t = p.by_group.divide(col), h = s.kv_head * p.group + col - t * p.group;
             early[k] = j < cols ? load_one(p.query, s.b * p.query_strides[0] + h * p.query_strides[1] + t * p.query_strides[2] + d) : 0.0f;
         }
-        const bool begins = s.begin + s.first == start;
         if (begins) {
 #pragma unroll
             for (int k = 0; k < SIGN_LOADS; ++k) {
                 int i = tid + k * THREADS;
                 early_signs[k] = i >= SIGNS ? 0.0f : i < ROTK * DK ? p.plan_k[i] : p.plan_v[i - ROTK * DK];
             }
-            cursor.at = start;
-            cursor.stop = stop;
-            cursor.b = 0;
-            cursor.enter(p, ends, warp);
-            cursor.load(p);
             // One buffer of each warp is always left free outside of the page loop; there its slot lies.
 #pragma unroll 1
-            for (int s = 0; s < STAGES - 1; ++s) {
+            for (int k = 0; k < STAGES - 1; ++k) {
                 if (cursor.next) {
-                    fetch_page(my_ring + s * PAGE_BYTES, cursor.next, my_bars + s, lane);
+                    fetch_page(my_ring + k * PAGE_BYTES, cursor.next, my_bars + k, lane);
                     cursor.advance(p, ends, warp);
                 } else {
                     no_fetch();
@@ -343,14 +340,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
             for (int k = 0; k < SIGN_LOADS; ++k)
                 if (tid + k * THREADS < SIGNS) signs[tid + k * THREADS] = early_signs[k];
         }
-STAMP(1)
 #pragma unroll
         for (int k = 0; k < QUERY_LOADS; ++k)
             if (tid + k * THREADS < COLS * DK) qx[tid + k * THREADS] = early[k];
         // Spare buffers are where slots lie: by warp, then within it.
         float* slot = (float*)(my_ring + spare * PAGE_BYTES);
         __syncthreads();
-STAMP(2)
         for (int j = warp; j < COLS; j += WARPS) {
             float* x = slot;
             for (int d = lane; d < DK; d += 32) x[d] = qx[j * DK + d];
@@ -369,6 +364,7 @@ STAMP(2)
             float scale = top > 0.0f ? 32512.0f / top : 1.0f;
             if (!(scale < 1.0e30f)) scale = top > 0.0f ? 1.0e30f : scale;
             float turned = p.scaling < 0.0f ? -scale : scale;
+#pragma unroll 1
             for (int d = lane; d < 32 * K_STEPS; d += 32) {
                 float y = d < DK ? x[d] * turned : 0.0f;
 #pragma unroll
@@ -390,14 +386,12 @@ STAMP(2)
             if (lane == 0) arrive(query_bar);
         }
 
-STAMP(3)
         // ---- exact tokens, by the last warps first, while the first ones rotate the queries
         const int exact_items = max(min(s.last, s.exact) - s.first, 0);
         const int page_items = max(s.last - max(s.first, s.exact), 0);
         float o[V_UNITS][2], top = NOTHING, sum = 0.0f, weight_sum = 0.0f;
 #pragma unroll
         for (int u = 0; u < V_UNITS; ++u) o[u][0] = o[u][1] = 0.0f;
-STAMP(3)
         if (WARPS - 1 - warp < exact_items) {
             float acc[COLS][2 * V_PAIRS], tops[COLS], sums[COLS];
 #pragma unroll
@@ -470,9 +464,9 @@ STAMP(3)
                 if (!(lane & 1)) *(float4*)(weights + (lane >> 1) * COLS) = make_float4(weight[0], weight[1], weight[2], weight[3]);
                 __syncwarp();
                 i64 vrow = s.b * vs[0] + s.kv_head * vs[1];
-#pragma unroll 4
-                for (int i = 0; i < EXACT_TOKENS; ++i) {
-                    int ti = min(t0 + i, count - 1);
+#pragma unroll 2
+                for (int i = 0; i < min(EXACT_TOKENS, count - t0); ++i) {
+                    int ti = t0 + i;
                     float4 wt = *(const float4*)(weights + i * COLS);
                     float wj[COLS] = {wt.x, wt.y, wt.z, wt.w};
 #pragma unroll
@@ -519,7 +513,6 @@ STAMP(3)
             release_buffer();
             __syncwarp();
         }
-STAMP(4)
         await_barrier(query_bar, query_parity);
         query_parity ^= 1;
 
@@ -561,7 +554,6 @@ STAMP(4)
             }
             const u8* data = my_ring + stage * PAGE_BYTES;
             await_page(my_bars + stage, parity);
-STAMP(6)
 
             int dots[4][4];
 #pragma unroll
@@ -710,7 +702,6 @@ STAMP(6)
                 parity ^= 1;
             }
         }
-STAMP(7)
         // ---- merge the warps
 #pragma unroll
         for (int m = 4; m < 32; m *= 2) {
@@ -726,39 +717,33 @@ STAMP(7)
                 slot[c * SLOT_ROW + 16 * u + g] = o[u][0] - less_out;
                 slot[c * SLOT_ROW + 16 * u + g + 8] = o[u][1] - less_out;
             }
-            if (g == 0) {
-                stats[(warp * COLS + c) * 2] = top;
-                stats[(warp * COLS + c) * 2 + 1] = sum;
-            }
         }
+        if (g == 0) *(float2*)(stats + (warp * COLS + c) * 2) = make_float2(top, sum);
         if (lane == 0) flag[4 + warp] = (warp * STAGES + spare) * PAGE_BYTES;
         if (!whole && tid == THREADS - 32) {
             flag[1] = cuts.block_of(s.begin);
             flag[2] = cuts.block_of(s.end - 1) - flag[1] + 1;
         }
         __syncthreads();
-STAMP(8)
         const i64 part_size = COLS * (DV + 2);
         float* part = p.partial + (block * 2 + (s.begin < start ? 0 : 1)) * part_size;
         for (int i = tid; i < COLS * DV / 2; i += THREADS) {
             const int j = i / (DV / 2), d = 2 * (i - j * (DV / 2));
             float most = NOTHING, l = 0.0f;
             float2 y = make_float2(0.0f, 0.0f);
-            float tops[WARPS];
-#pragma unroll
+#pragma unroll 4
+            for (int w = 0; w < WARPS; ++w) most = max_nan(most, stats[(w * COLS + j) * 2]);
+#pragma unroll 6
             for (int w = 0; w < WARPS; ++w) {
-                tops[w] = w < page_items || WARPS - 1 - w < exact_items ? stats[(w * COLS + j) * 2] : NOTHING;
-                most = max_nan(most, tops[w]);
-            }
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w)
                 if (w < page_items || WARPS - 1 - w < exact_items) {
-                    float f = exp2_fast(tops[w] - most);
+                    float2 st = *(const float2*)(stats + (w * COLS + j) * 2);
+                    float f = exp2_fast(st.x - most);
                     float2 v = *(const float2*)((float*)(ring + flag[4 + w]) + j * SLOT_ROW + d);
                     y.x = fmaf(f, v.x, y.x);
                     y.y = fmaf(f, v.y, y.y);
-                    l = fmaf(f, stats[(w * COLS + j) * 2 + 1], l);
+                    l = fmaf(f, st.y, l);
                 }
+            }
             if (whole) {
                 float r = l > 0.0f || l != l ? rcp_fast(l) : 0.0f;
                 *(float2*)(merged + j * SLOT_ROW + d) = make_float2(y.x * r, y.y * r);
@@ -773,9 +758,8 @@ STAMP(8)
         }
         bool finish = whole;
         __syncthreads();
-STAMP(9)
         if (!whole) {
-            int first_block = 0, count = 0;
+            int count = 0;
             if (tid == 0) {
                 count = flag[2];
                 int* counter = p.counters + (s.b * p.kv_heads + s.kv_head) * p.col_groups + s.col_group;
@@ -787,32 +771,41 @@ STAMP(9)
             }
             __syncthreads();
             finish = flag[0];
-STAMP(10)
             if (finish) {
-                first_block = flag[1];
+                const int first_block = flag[1];
                 count = flag[2];
                 // The first of them may have the segment as its last, that is in its second place.
-                const bool late = s.begin >= cuts.start(first_block);
+                const int late = s.begin >= cuts.start(first_block) ? (int)part_size : 0;
                 const float* base = p.partial + first_block * 2 * part_size;
-                auto place = [&](int k) { return base + (2 * k + (k == 0 && late ? 1 : 0)) * part_size; };
-                const int column = tid % DV, lot = tid / DV;
-                constexpr int AHEAD = 6;
-                float4 early[AHEAD];
-                if (lot < GROUPS) {
+                // A warp takes one column and every LOTS-th part of it.
+                auto place = [&](int k) { return base + (k == 0 ? late : 2 * k * (int)part_size); };
+                const int lot = warp / COLS;
+#pragma unroll 1
+                for (int j = warp % COLS; j < COLS && lot < LOTS; j += WARPS < COLS ? WARPS : COLS) {
+                    float4 ahead[AHEAD];
 #pragma unroll
                     for (int i = 0; i < AHEAD; ++i)
-                        if (lot + i * GROUPS < count) early[i] = __ldcg((const float4*)place(lot + i * GROUPS) + column);
-                }
-                for (int i = tid; i < count * COLS * 2; i += THREADS)
-                    stats[i] = __ldcg(place(i / (COLS * 2)) + COLS * DV + i % (COLS * 2));
-                __syncthreads();
-                for (int q = 0; q < (DV > THREADS ? (DV + THREADS - 1) / THREADS : 1); ++q) {
-                    const int at4 = column + q * THREADS;
-                    if (lot < GROUPS && at4 < DV) {
-                        const int j = at4 / (DV / 4);
-                        float most = NOTHING, l = 0.0f;
-#pragma unroll 8
-                        for (int k = 0; k < count; ++k) most = max_nan(most, stats[(k * COLS + j) * 2]);
+                        if (lot + i * LOTS < count && lane < DV / 4) ahead[i] = __ldcg((const float4*)(place(lot + i * LOTS) + j * DV) + lane);
+                    float most = NOTHING, l = 0.0f;
+#pragma unroll 1
+                    for (int k = lane; k < count; k += 32) {
+                        float2 st = __ldcg((const float2*)(place(k) + COLS * DV) + j);
+                        *(float2*)(stats + (k * COLS + j) * 2) = st;  // every lot writes the same
+                        most = max_nan(most, st.x);
+                    }
+#pragma unroll
+                    for (int m = 1; m < 32; m *= 2) most = max_nan(most, __shfl_xor_sync(FULL, most, m));
+                    __syncwarp();
+#pragma unroll 1
+                    for (int k = lane; k < count; k += 32) {
+                        float2 st = *(const float2*)(stats + (k * COLS + j) * 2);
+                        l = fmaf(exp2_fast(st.x - most), st.y, l);
+                    }
+#pragma unroll
+                    for (int m = 1; m < 32; m *= 2) l += __shfl_xor_sync(FULL, l, m);
+                    const float share = l > 0.0f || l != l ? rcp_fast(l) : 0.0f;
+#pragma unroll 1
+                    for (int at = lane; at < DV / 4; at += 32) {
                         float4 y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                         auto add = [&](int k, float4 v) {
                             float f = exp2_fast(stats[(k * COLS + j) * 2] - most);
@@ -820,44 +813,32 @@ STAMP(10)
                             y.y = fmaf(f, v.y, y.y);
                             y.z = fmaf(f, v.z, y.z);
                             y.w = fmaf(f, v.w, y.w);
-                            l = fmaf(f, stats[(k * COLS + j) * 2 + 1], l);
                         };
 #pragma unroll
                         for (int i = 0; i < AHEAD; ++i)
-                            if (lot + i * GROUPS < count) add(lot + i * GROUPS, q == 0 ? early[i] : __ldcg((const float4*)place(lot + i * GROUPS) + at4));
-                        for (int k = lot + AHEAD * GROUPS; k < count; k += GROUPS) add(k, __ldcg((const float4*)place(k) + at4));
-                        float* to = (float*)(ring + flag[4 + lot]);
-                        *(float4*)(to + 4 * at4) = y;
-                        if (at4 % (DV / 4) == 0) {
-                            to[COLS * DV + 2 * j] = most;
-                            to[COLS * DV + 2 * j + 1] = l;
-                        }
+                            if (lot + i * LOTS < count) add(lot + i * LOTS, at == lane ? ahead[i] : __ldcg((const float4*)(place(lot + i * LOTS) + j * DV) + at));
+#pragma unroll 2
+                        for (int k = lot + AHEAD * LOTS; k < count; k += LOTS) add(k, __ldcg((const float4*)(place(k) + j * DV) + at));
+                        *(float4*)((float*)(ring + flag[4 + lot]) + j * SLOT_ROW + 4 * at) = make_float4(y.x * share, y.y * share, y.z * share, y.w * share);
                     }
-                }
-                __syncthreads();
-                for (int i = tid; i < COLS * DV; i += THREADS) {
-                    const int j = i / DV, d = i - j * DV;
-                    float y = 0.0f, l = 0.0f, most = 0.0f;
-#pragma unroll
-                    for (int k = 0; k < GROUPS; ++k) {
-                        const float* from = (const float*)(ring + flag[4 + k]);
-                        y += from[i];
-                        l += from[COLS * DV + 2 * j + 1];
-                        most = from[COLS * DV + 2 * j];
-                    }
-                    merged[j * SLOT_ROW + d] = l > 0.0f || l != l ? y * rcp_fast(l) : 0.0f;
-                    if (d == 0) {
+                    if (lane == 0 && lot == 0) {
                         colf[2 * j] = most;
                         colf[2 * j + 1] = l;
                     }
                 }
             }
             __syncthreads();
-STAMP(11)
         }
         if (finish) {
             for (int j = warp; j < cols; j += WARPS) {
                 float* y = merged + j * SLOT_ROW;
+                if (!whole)
+                    for (int d = lane; d < DV; d += 32) {
+                        float sum_y = 0.0f;
+#pragma unroll
+                        for (int k = 0; k < LOTS; ++k) sum_y += ((const float*)(ring + flag[4 + k]))[j * SLOT_ROW + d];
+                        y[d] = sum_y;
+                    }
                 rotate_rows<DV, ROTV, true, 1>(y, 0, plan_v, lane);
                 int col = s.col_group * COLS + j, t = p.by_group.divide(col), h = s.kv_head * p.group + col - t * p.group;
                 i64 row = ((i64)s.b * p.kv_heads * p.group + h) * p.new_tokens + t;
@@ -868,7 +849,6 @@ STAMP(11)
                 }
             }
         }
-STAMP(12)
         release_buffer();
         __syncthreads();
     }

@@ -15,22 +15,26 @@ import torch
 
 from tqai.backends.cuda.driver import Kernel, kernel, shared_memory_bytes
 from tqai.backends.cuda.levels import integer_levels
-from tqai.backends.cuda.plan import COLUMNS, MAX_BLOCKS, Shape, attention_shared_bytes, choose_shape, codec_macros, rotation_plan
+from tqai.backends.cuda.plan import (
+    COLUMNS,
+    Shape,
+    attention_shared_bytes,
+    block_count,
+    choose_shape,
+    codec_macros,
+    division,
+    rotation_plan,
+)
 from tqai.core.page import PageFormat
 from tqai.errors import BackendError, InputError
 
-__all__ = ["MAX_BATCH", "Exact", "Workspace", "attend_pages"]
+__all__ = ["MAX_BATCH", "Exact", "Workspace", "attend_pages", "prepare"]
 
 MAX_BATCH = 1024
 DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-LARGE_WORK_ITEMS = 100
-"""With fewer items per block than this, blocks are cut at segment ends: a second segment costs more
-than an idle multiprocessor."""
 EXACT_TOKENS = 16
 """Exact tokens of one work item."""
-LEAST_SHARE = 0.94
-"""And with more, too, if so large a share of the multiprocessors stays busy."""
 
 
 class _Levels(ctypes.Structure):
@@ -43,29 +47,65 @@ class _Divisor(ctypes.Structure):
 
 class _Params(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in (
-            "addresses", "page_counts", "recent_counts", "query", "sink_keys", "sink_values", "recent_keys",
-            "recent_values", "mask", "out", "lse", "partial", "counters", "plan_k", "plan_v", "lut_k", "lut_v",
-        )),
+        *(
+            (name, ctypes.c_uint64)
+            for name in (
+                "addresses",
+                "page_counts",
+                "recent_counts",
+                "query",
+                "sink_keys",
+                "sink_values",
+                "recent_keys",
+                "recent_values",
+                "mask",
+                "out",
+                "lse",
+                "partial",
+                "counters",
+                "plan_k",
+                "plan_v",
+                "lut_k",
+                "lut_v",
+            )
+        ),
         ("address_stride", ctypes.c_int64),
-        *((name, ctypes.c_int64 * 3) for name in (
-            "query_strides", "sink_key_strides", "sink_value_strides", "recent_key_strides", "recent_value_strides",
-        )),
+        *(
+            (name, ctypes.c_int64 * 3)
+            for name in (
+                "query_strides",
+                "sink_key_strides",
+                "sink_value_strides",
+                "recent_key_strides",
+                "recent_value_strides",
+            )
+        ),
         ("mask_strides", ctypes.c_int64 * 4),
-        *((name, ctypes.c_int32) for name in (
-            "batch", "kv_heads", "group", "new_tokens", "col_groups", "pages", "sinks", "recent", "first_token",
-        )),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "batch",
+                "kv_heads",
+                "group",
+                "new_tokens",
+                "col_groups",
+                "pages",
+                "sinks",
+                "recent",
+                "first_token",
+            )
+        ),
         ("scaling", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("levels_k", _Levels),
         ("levels_v", _Levels),
-        *((name, _Divisor) for name in ("by_items", "by_heads", "by_col_groups", "by_group")),
+        *((name, _Divisor) for name in ("by_items", "by_heads", "by_col_groups", "by_group", "by_grid")),
     ]
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Exact keys and values `[batch, kv_heads, tokens, head_dim]`, last axis contiguous, 16-byte aligned rows.
+    """Exact keys and values `[batch, kv_heads, tokens, head_dim]`, dense rows of 16-byte alignment.
 
     `counts`: int32 `[batch]` on the device, valid tokens of each sequence (the first ones), or None: all.
     """
@@ -140,17 +180,34 @@ class _Prepared:
             raise BackendError(f"a page of {self.format.page_bytes} bytes does not fit into shared memory")
         return shape
 
-    def kernel(self, shape: Shape, softcap: bool, masked: bool, out: torch.dtype, shared_bytes: int) -> Kernel:
+    def kernel(
+        self, shape: Shape, softcap: bool, masked: bool, out: torch.dtype, shared_bytes: int
+    ) -> Kernel:
         key = (shape, softcap, masked, out)
         found = self._kernels.get(key)
         if found is None:
             macros = {
-                **self.macros, "WARPS": shape.warps, "STAGES": shape.stages, "SOFTCAP": int(softcap),
-                "MASKED": int(masked), "OUT": OUT_CODES[out],
+                **self.macros,
+                "WARPS": shape.warps,
+                "STAGES": shape.stages,
+                "SOFTCAP": int(softcap),
+                "MASKED": int(masked),
+                "OUT": OUT_CODES[out],
             }
             found = kernel("attention.cu", "tqai_attend", macros, self.device, shared_bytes)
             self._kernels[key] = found
         return found
+
+
+def prepare(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile and load the kernel that decoding uses most, so that a failure shows early.
+
+    Raises:
+        BackendError: it does not compile or load.
+    """
+    ready = prepared(page_format, dtype, device)
+    shape = ready.shape(1)
+    ready.kernel(shape, False, False, dtype, attention_shared_bytes(page_format, shape, 1))
 
 
 @lru_cache(maxsize=64)
@@ -202,9 +259,10 @@ def attend_pages(
     batch, query_heads, new_tokens, _ = query.shape
     if batch > MAX_BATCH:
         raise InputError(f"{batch} sequences in one call: at most {MAX_BATCH}")
-    kv_heads = (recent or sinks).keys.shape[1] if (recent or sinks) is not None else None  # type: ignore[union-attr]
-    if kv_heads is None:
+    exact = recent if recent is not None else sinks
+    if exact is None:
         raise InputError("neither recent tokens nor sinks: the number of KV heads is not known")
+    kv_heads = exact.keys.shape[1]
     group = query_heads // kv_heads
     col_groups = -(-group * new_tokens // COLUMNS)
     dim = page_format.value.spec.head_dim
@@ -230,7 +288,10 @@ def attend_pages(
         params.mask = mask.data_ptr()
         strides = mask.stride()
         params.mask_strides[:] = (
-            strides[0] if mask.shape[0] > 1 else 0, strides[1] if mask.shape[1] > 1 else 0, strides[2], strides[3],
+            strides[0] if mask.shape[0] > 1 else 0,
+            strides[1] if mask.shape[1] > 1 else 0,
+            strides[2],
+            strides[3],
         )
     params.addresses = addresses.data_ptr()
     params.address_stride = addresses.stride(0)
@@ -239,15 +300,24 @@ def attend_pages(
     params.out, params.lse = out.data_ptr(), lse.data_ptr()
     params.batch, params.kv_heads, params.group = batch, kv_heads, group
     params.new_tokens, params.col_groups = new_tokens, col_groups
-    params.pages, params.sinks, params.recent, params.first_token = pages, sink_tokens, recent_tokens, first_token
+    params.pages, params.sinks, params.recent, params.first_token = (
+        pages,
+        sink_tokens,
+        recent_tokens,
+        first_token,
+    )
     params.scaling, params.softcap = scaling, softcap or 0.0
     segments = batch * kv_heads * col_groups
     items = pages + -(-recent_tokens // EXACT_TOKENS) + -(-sink_tokens // EXACT_TOKENS)
+    grid = blocks or block_count(ready.multiprocessors, segments, items)
     for name, divisor in (
-        ("by_items", max(items, 1)), ("by_heads", kv_heads * col_groups), ("by_col_groups", col_groups), ("by_group", group),
+        ("by_items", max(items, 1)),
+        ("by_heads", kv_heads * col_groups),
+        ("by_col_groups", col_groups),
+        ("by_group", group),
+        ("by_grid", grid),
     ):
         setattr(params, name, _Divisor(*division(divisor)))
-    grid = blocks or block_count(ready.multiprocessors, segments, items)
     shape = shape or ready.shape(batch)
     shared = attention_shared_bytes(page_format, shape, batch)
     launcher = ready.kernel(shape, softcap is not None, mask is not None, out.dtype, shared)
@@ -256,21 +326,3 @@ def attend_pages(
     params.partial, params.counters = workspace.partial.data_ptr(), workspace.counters.data_ptr()
     launcher.launch(params, (grid, 1), shape.warps * 32, shared, stream)
     return out, lse
-
-
-@lru_cache(maxsize=1024)
-def division(divisor: int) -> tuple[int, int]:
-    """(factor, shift) such that n // divisor == ((n * factor >> 32) + n) >> shift for 0 <= n < 2**31."""
-    shift = (divisor - 1).bit_length()
-    return (2**32 * (2**shift - divisor)) // divisor + 1, shift
-
-
-def block_count(multiprocessors: int, segments: int, items: int) -> int:
-    """Blocks to launch for `segments` segments of `items` items each (the most, if they differ)."""
-    total = segments * max(items, 1)
-    most = min(multiprocessors, MAX_BLOCKS)
-    if segments < most:
-        even = most // segments * segments
-        if total <= LARGE_WORK_ITEMS * most or even >= LEAST_SHARE * most:
-            return max(1, min(even, total))
-    return max(1, min(most, total))

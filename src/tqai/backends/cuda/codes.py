@@ -11,7 +11,7 @@ from tqai.backends.cuda.driver import kernel
 from tqai.backends.cuda.plan import code_shared_bytes, codec_macros, quantizer_cells, rotation_plan
 from tqai.core.page import PAGE_TOKENS, PageFormat
 
-__all__ = ["decode_pages", "encode_pages"]
+__all__ = ["decode_pages", "encode_pages", "prepare_codes"]
 
 DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -47,7 +47,10 @@ class _Prepared:
         self._kept = []
         for side, codec in zip(self.params.side, (page_format.key, page_format.value), strict=True):
             cells, scale = quantizer_cells(codec)
-            tables = [torch.from_numpy(array.copy()).to(device) for array in (rotation_plan(codec), codec.tables()["centroids"], cells)]
+            tables = [
+                torch.from_numpy(array.copy()).to(device)
+                for array in (rotation_plan(codec), codec.tables()["centroids"], cells)
+            ]
             self._kept += tables
             side.plan, side.levels, side.cells = (table.data_ptr() for table in tables)
             side.bucket_scale, side.buckets = scale, len(cells)
@@ -60,8 +63,18 @@ def _prepared(page_format: PageFormat, device: torch.device) -> _Prepared:
     return _Prepared(page_format, device)
 
 
-def encode_pages(keys: torch.Tensor, values: torch.Tensor, page_format: PageFormat, out: torch.Tensor) -> None:
-    """Compress `[pages, kv_heads, 64, head_dim]` into `out` uint8 `[pages, kv_heads, page_bytes]`, contiguous.
+def prepare_codes(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile and load the kernels of one dtype, so that a failure shows early (BackendError)."""
+    shared = _prepared(page_format, device).shared
+    kernel("codes.cu", "tqai_encode", codec_macros(page_format, DTYPE_NAMES[dtype]), device, shared)
+    kernel("codes.cu", "tqai_decode", codec_macros(page_format, "float32"), device, shared)
+
+
+def encode_pages(
+    keys: torch.Tensor, values: torch.Tensor, page_format: PageFormat, out: torch.Tensor
+) -> None:
+    """Compress `[pages, kv_heads, 64, head_dim]` into contiguous `out`, uint8 `[pages, kv_heads,
+    page_bytes]`.
 
     The last axis of the inputs is contiguous and their rows are aligned to 16 bytes.
     """
@@ -72,7 +85,15 @@ def encode_pages(keys: torch.Tensor, values: torch.Tensor, page_format: PageForm
     for side, array in zip(params.side, (keys, values), strict=True):
         side.source = array.data_ptr()
         side.strides[:] = array.stride()[:3]
-    _launch("tqai_encode", page_format, keys.dtype, keys.device, params, ready.shared, keys.shape[0] * keys.shape[1])
+    _launch(
+        "tqai_encode",
+        page_format,
+        keys.dtype,
+        keys.device,
+        params,
+        ready.shared,
+        keys.shape[0] * keys.shape[1],
+    )
 
 
 def decode_pages(
@@ -89,7 +110,12 @@ def decode_pages(
         for codec in (page_format.key, page_format.value)
     ]
     params = _Params.from_buffer_copy(ready.params)
-    params.pages, params.heads, params.out_dtype, params.back = raw.data_ptr(), 1, OUT_CODES[dtype], int(not rotated)
+    params.pages, params.heads, params.out_dtype, params.back = (
+        raw.data_ptr(),
+        1,
+        OUT_CODES[dtype],
+        int(not rotated),
+    )
     for side, array in zip(params.side, outs, strict=True):
         side.out = array.data_ptr()
     _launch("tqai_decode", page_format, torch.float32, raw.device, params, ready.shared, count)
@@ -97,7 +123,13 @@ def decode_pages(
 
 
 def _launch(
-    entry: str, page_format: PageFormat, dtype: torch.dtype, device: torch.device, params: _Params, shared: int, blocks: int
+    entry: str,
+    page_format: PageFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    params: _Params,
+    shared: int,
+    blocks: int,
 ) -> None:
     if blocks == 0:
         return

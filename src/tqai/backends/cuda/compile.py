@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("tqai")
 INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"$', re.MULTILINE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def source(name: str) -> str:
     """Text of a kernel file of this package with its own includes put in place: NVRTC needs no path."""
     text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
@@ -83,7 +83,9 @@ def _compile(text: str, name: str, macros: Mapping[str, int], arch: str) -> byte
         try:
             from cuda.core.experimental import Program, ProgramOptions
         except ImportError as error:
-            raise BackendError(f"the CUDA backend compiles with cuda-core (pip install 'tqai[cuda]'): {error}") from error
+            raise BackendError(
+                f"the CUDA backend compiles with cuda-core (pip install 'tqai[cuda]'): {error}"
+            ) from error
     definitions = [(key, str(value)) for key, value in sorted(macros.items())]
     try:
         settings = ProgramOptions(name=name, std="c++17", arch=arch, define_macro=definitions)

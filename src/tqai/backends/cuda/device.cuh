@@ -154,7 +154,7 @@ __device__ __forceinline__ void rotate_rows(float* x, int pitch, const float* __
         for (int r = 0; r < ROWS; ++r)
 #pragma unroll
             for (int i = 0; i < N; ++i) v[r][i] = x[r * pitch + lane + 32 * i];
-#pragma unroll
+#pragma unroll 1
         for (int k = 0; k < ROUNDS; ++k) {
             const float* sign = plan + (BACK ? ROUNDS - 1 - k : k) * D;
 #pragma unroll

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-@lru_cache(maxsize=None)
+@cache
 def shared_memory_bytes(index: int) -> int:
     """Most shared memory that one block may ask for."""
-    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(index)
+    return int(properties.shared_memory_per_block_optin)
 
 
 class Kernel:
@@ -45,12 +46,24 @@ class Kernel:
             _check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes), "shared memory")
             self._shared_limit = shared_bytes
 
-    def launch(self, params: ctypes.Structure, grid: tuple[int, int], threads: int, shared_bytes: int, stream: int) -> None:
+    def launch(
+        self, params: ctypes.Structure, grid: tuple[int, int], threads: int, shared_bytes: int, stream: int
+    ) -> None:
         """Asynchronous. Raises BackendError if the driver refuses the launch."""
         self.reserve(shared_bytes)
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         result = self._launch(
-            self._function, grid[0], grid[1], 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0
+            self._function,
+            grid[0],
+            grid[1],
+            1,
+            threads,
+            1,
+            1,
+            shared_bytes,
+            stream,
+            ctypes.addressof(pointers),
+            0,
         )
         if result[0] != 0:
             raise BackendError(f"a CUDA kernel does not launch: {result[0]}")
@@ -59,7 +72,9 @@ class Kernel:
 _KERNELS: dict[tuple[Any, ...], Kernel] = {}
 
 
-def kernel(file: str, entry: str, macros: Mapping[str, int], device: torch.device, shared_bytes: int) -> Kernel:
+def kernel(
+    file: str, entry: str, macros: Mapping[str, int], device: torch.device, shared_bytes: int
+) -> Kernel:
     """The function `entry` of `file` for these macros on this device, compiled and loaded once.
 
     Raises:
@@ -85,7 +100,7 @@ def _check(result: tuple[Any, ...], what: str) -> Any:
     return result[1] if len(result) > 1 else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _driver() -> Any:
     try:
         from cuda.bindings import driver

@@ -24,10 +24,11 @@ With 4 bits the top bit of a stored nibble thus says "among the 8 outer levels".
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from tqai.core.codec import Encoded
 from tqai.core.packing import pack, unpack
 from tqai.core.page import PAGE_TOKENS, CanonicalPages, PageFormat, pages_from_bytes, pages_to_bytes
 
@@ -126,9 +127,9 @@ def _from_words(words: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     return pairs.reshape(*words.shape[:-1], REGISTERS, 4).astype(np.uint8)
 
 
-def _join(parts: NDArray[np.uint32], width: int) -> NDArray[np.uint32]:
+def _join(parts: NDArray[Any], width: int) -> NDArray[np.uint32]:
     shifts = np.arange(parts.shape[-1], dtype=np.uint32) * np.uint32(width)
-    joined: NDArray[np.uint32] = np.bitwise_or.reduce(parts << shifts, axis=-1)
+    joined: NDArray[np.uint32] = np.bitwise_or.reduce(parts.astype(np.uint32) << shifts, axis=-1)
     return joined
 
 

@@ -126,28 +126,31 @@ def _wide(c: Floats, weights: Floats) -> Levels:
 
 
 def _paired(c: Floats, weights: Floats) -> Levels:
-    inner_top, outer_top = 126.0 / c[11], 126.0 / c[15]
-    steps_a, steps_b = np.linspace(0.5, 1.0, 300) * inner_top, np.linspace(0.5, 1.0, 300) * outer_top
-    for finer in (0.0, 0.004, 0.0002):
-        if finer:
-            around = np.linspace(1.0 - finer, 1.0 + finer, 41)
-            steps_a, steps_b = np.array([best[1]]) * around, np.array([best[2]]) * around
-        best = _search(c, weights, np.minimum(steps_a, inner_top), np.minimum(steps_b, outer_top))
-    _, step_a, step_b, choice = best
+    tops = (126.0 / c[11], 126.0 / c[15])
+    grid = np.linspace(0.5, 1.0, 300)
+    _, step_a, step_b, choice = _search(c, weights, grid * tops[0], grid * tops[1])
+    for finer in (0.004, 0.0002):
+        around = np.linspace(1.0 - finer, 1.0 + finer, 41)
+        near_a, near_b = np.minimum(step_a * around, tops[0]), np.minimum(step_b * around, tops[1])
+        _, step_a, step_b, choice = _search(c, weights, near_a, near_b)
     kappa = _kappas(step_a, step_b)[choice]
     a, b = _tables(c, step_a, step_b, kappa)
     # The mean error must vanish: over many tokens it would not average out, as the rest does.
-    kappa = float(np.sum(weights * (a / step_a + b / step_b - c)))
-    made = (a / step_a + b / step_b) - kappa
+    mean = float(np.sum(weights * (a / step_a + b / step_b - c)))
+    made = (a / step_a + b / step_b) - mean
     # a / step_a + b / step_b = (a * step_b / step_a + b) / step_b
-    return Levels(a, b, float(step_b / step_a), 1.0, float(1.0 / step_b), float(kappa), _relative(c, weights, made - c))
+    return Levels(
+        a, b, float(step_b / step_a), 1.0, float(1.0 / step_b), mean, _relative(c, weights, made - c)
+    )
 
 
 def _kappas(step_a: Floats, step_b: Floats) -> tuple[Floats, ...]:
     return (-0.5 / step_a, -0.5 / step_b, -0.5 / step_a - 0.5 / step_b, 0.0 * step_a)
 
 
-def _search(c: Floats, weights: Floats, steps_a: Floats, steps_b: Floats) -> tuple[float, Floats, Floats, int]:
+def _search(
+    c: Floats, weights: Floats, steps_a: Floats, steps_b: Floats
+) -> tuple[float, Floats, Floats, int]:
     """Least squared error over a grid of steps: (error, step of a, step of b, which kappa)."""
     sa, sb = np.meshgrid(steps_a, steps_b, indexing="ij")
     found: list[tuple[float, Floats, Floats, int]] = []
@@ -179,7 +182,9 @@ def _rounded(code: int, value: Floats) -> Floats:
     return rounded
 
 
-def _tables(c: Floats, step_a: Floats, step_b: Floats, kappa: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _tables(
+    c: Floats, step_a: Floats, step_b: Floats, kappa: Floats
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     a, b = np.zeros(16, dtype=np.int64), np.zeros(16, dtype=np.int64)
     for code in range(16):
         own, target = _target(code, c, step_a, step_b, kappa)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,11 @@ __all__ = [
     "MAX_HEAD_DIM",
     "Shape",
     "attention_shared_bytes",
+    "block_count",
     "choose_shape",
-    "codec_macros",
     "code_shared_bytes",
+    "codec_macros",
+    "division",
     "quantizer_cells",
     "refuse_format",
     "rotation_plan",
@@ -36,6 +39,13 @@ SHAPES = ((12, 2), (12, 1), (8, 2), (8, 1), (6, 1), (4, 1), (2, 1), (1, 1))
 CODE_WARPS = 8
 MAX_BLOCKS = 160
 """Blocks that may share a segment: MAX_STATS of `attention.cu`."""
+
+
+LARGE_WORK_ITEMS = 100
+"""With fewer items per block than this, blocks are cut at segment ends: a second segment costs more
+than an idle multiprocessor."""
+LEAST_SHARE = 0.94
+"""And with more, too, if so large a share of the multiprocessors stays busy."""
 
 
 @dataclass(frozen=True)
@@ -159,3 +169,21 @@ def quantizer_cells(codec: Codec) -> tuple[NDArray[np.float32], float]:
     cells[:, 1] = np.searchsorted(owner, np.arange(buckets), side="left")
     cells[owner, 0] = positive.astype(np.float32)
     return cells, float(scale)
+
+
+@lru_cache(maxsize=1024)
+def division(divisor: int) -> tuple[int, int]:
+    """(factor, shift) such that n // divisor == ((n * factor >> 32) + n) >> shift for 0 <= n < 2**31."""
+    shift = (divisor - 1).bit_length()
+    return (2**32 * (2**shift - divisor)) // divisor + 1, shift
+
+
+def block_count(multiprocessors: int, segments: int, items: int) -> int:
+    """Blocks to launch for `segments` segments of `items` items each (the most, if they differ)."""
+    total = segments * max(items, 1)
+    most = min(multiprocessors, MAX_BLOCKS)
+    if segments < most:
+        even = most // segments * segments
+        if total <= LARGE_WORK_ITEMS * most or even >= LEAST_SHARE * most:
+            return max(1, min(even, total))
+    return max(1, min(most, total))
