@@ -150,8 +150,8 @@ def test_half_precision_generates(tiny: Tiny, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_compiled_model(tiny: Tiny) -> None:
     """Compiled code breaks its graph at the cache and at attention; tokens and logits stay."""
-    model, ids = copy.deepcopy(tiny("mistral")), prompt(125)
-    options = {"output_logits": True, "max_new_tokens": 6}
+    model, ids = copy.deepcopy(tiny("mistral")), prompt(126)
+    options = {"output_logits": True, "max_new_tokens": 4}
     expected = generate(model, ids, past_key_values=tqai.patch(model), **options)
     model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
     try:

@@ -111,3 +111,22 @@ def test_each_row_equals_its_prompt_alone(
         clear = (best[:, 0] - best[:, 1]) > 0.1 * alone.std()
         assert clear.float().mean() > 0.5
         assert torch.equal(together[row].argmax(-1)[clear], alone.argmax(-1)[clear])
+
+
+@torch.no_grad()
+def test_nan_in_a_padded_token_of_the_history_stays_there(tiny: Tiny) -> None:
+    """The third row's first page is all padding; NaN for the scales of its values changes nothing."""
+    model = tiny("llama")
+    ids, mask = padded(None)
+    outputs = []
+    for poison in (False, True):
+        cache = tqai.TurboQuantCache(model)
+        model(ids, attention_mask=mask, past_key_values=cache)
+        for layer in cache.layers:
+            pool = layer.store.pool
+            scales = pool.slabs[0][int(pool.table[2, 0])][:, pool.page_format.value_scales_at :][:, :128]
+            if poison:
+                scales.view(torch.bfloat16).fill_(torch.nan)
+        more = torch.cat([mask, torch.ones(3, 2, dtype=torch.long)], 1)
+        outputs.append(model(prompt(2, 3), attention_mask=more, past_key_values=cache).logits)
+    assert torch.equal(*outputs) and outputs[0].isfinite().all()
