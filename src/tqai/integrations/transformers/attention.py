@@ -87,7 +87,8 @@ def tqai_mask(
         "allow_is_causal_skip": allow_is_causal_skip,
         "allow_is_bidirectional_skip": allow_is_bidirectional_skip,
     }
-    query_length, kv_length = kwargs.get("q_length"), kwargs.get("kv_length")
+    query_length: Any = kwargs.get("q_length")
+    kv_length: Any = kwargs.get("kv_length")
     query_offset, kv_offset = kwargs.get("q_offset", 0), kwargs.get("kv_offset", 0)
     plain_numbers = all(isinstance(n, int) for n in (query_length, kv_length, query_offset, kv_offset))
     if (

@@ -30,6 +30,9 @@ class TurboQuantCache(DynamicCache):
         print(cache.memory().bits_per_value)
     """
 
+    layers: list[Any]
+    layer_class_to_replicate: Any
+
     def __init__(
         self,
         model: Any = None,

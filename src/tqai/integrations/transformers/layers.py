@@ -213,8 +213,8 @@ def compressed_form(layer: Any, config: CacheConfig, index: int, on_codes: bool)
 _FORMS: dict[type, Callable[..., Any]] = {
     DynamicLayer: lambda layer, *given: TurboQuantLayer(*given),
     DynamicSlidingWindowLayer: lambda layer, *given: TurboQuantSlidingLayer(layer.sliding_window, *given),
-    LinearAttentionAndFullAttentionLayer: lambda layer, *given: TurboQuantHybridLayer(
-        *given, number_of_states=layer.number_of_states
+    LinearAttentionAndFullAttentionLayer: lambda layer, config, index, on_codes: TurboQuantHybridLayer(
+        config, index, on_codes, layer.number_of_states
     ),
 }
 """transformers' layer -> how ours is made of it. Exact types: a subclass may keep more than keys and

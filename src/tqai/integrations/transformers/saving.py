@@ -95,7 +95,8 @@ def load(cls: type[CacheT], path: str | PathLike[str], model: Any) -> CacheT:
                 raise ModelMismatchError(
                     f"{path} belongs to another model: its {part} differs from the one given"
                 )
-    cache: Any = cls(model, config=config)
+    make: Any = cls
+    cache = make(model, config=config)
     if model is None:
         cache.layer_class_to_replicate = None
         for index, about in enumerate(layers):
