@@ -147,6 +147,7 @@ def test_half_precision_generates(tiny: Tiny, dtype: torch.dtype) -> None:
     assert logits(out).isfinite().all() and out.past_key_values.layers[0].keys.dtype == dtype
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_model(tiny: Tiny) -> None:
     """Compiled code breaks its graph at the cache and at attention; tokens and logits stay."""
