@@ -98,9 +98,15 @@ def test_quantizer_table_counts_boundaries(dim, bits):
     tries = np.concatenate([near, np.abs(rng.standard_normal(5000) / np.sqrt(dim)), [0.0, 1.0]]).astype(
         np.float32
     )
-    bucket = np.minimum((tries * np.float32(scale)).astype(np.int64), len(cells) - 1)
-    counted = cells[bucket, 1] + (tries >= cells[bucket, 0])
-    np.testing.assert_array_equal(counted, np.searchsorted(positive, tries, side="right"))
+    # as the kernel does it: |y| * (scale / norm) in float32, rounded either way
+    for wobble in (1.0 - 2.0**-23, 1.0, 1.0 + 2.0**-23):
+        bucket = np.minimum((tries * np.float32(scale) * np.float32(wobble)).astype(np.int64), len(cells) - 1)
+        above = tries >= cells[bucket, 0]
+        half = 2 ** (bits - 1)
+        counted = cells[bucket, 3].view(np.int32) - half + above
+        np.testing.assert_array_equal(counted, np.searchsorted(positive, tries, side="right"))
+        chosen = np.where(above, cells[bucket, 2], cells[bucket, 1])
+        np.testing.assert_array_equal(chosen, codec.tables()["centroids"][half + counted])
 
 
 @pytest.mark.parametrize(("dim", "rotation"), [(128, "hadamard"), (128, "hadamard2"), (80, "haar")])

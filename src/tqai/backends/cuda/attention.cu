@@ -417,15 +417,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
                 const int tc = min(t, count - 1);
                 float dot[COLS] = {0.0f, 0.0f, 0.0f, 0.0f};
                 i64 row = s.b * ks[0] + s.kv_head * ks[1] + tc * ks[2] + half;
-#pragma unroll 2
-                for (int d = 0; d < DK / 2; d += 8) {
+                // Everything is asked for at once, before any of it is used.
+                uint4 words[DK / 16];
+#pragma unroll
+                for (int d = 0; d < DK / 16; ++d) words[d] = *(const uint4*)((const u16*)keys + row + 8 * d);
+                u32 pairs[EXACT_TOKENS][V_PAIRS];
+                const i64 vrow = s.b * vs[0] + s.kv_head * vs[1] + 2 * lane;
+#pragma unroll
+                for (int i = 0; i < EXACT_TOKENS; ++i)
+#pragma unroll
+                    for (int m = 0; m < V_PAIRS; ++m)
+                        if (DV % 64 == 0 || 64 * m + 2 * lane < DV)
+                            pairs[i][m] = *(const u32*)((const u16*)values + vrow + min(t0 + i, count - 1) * vs[2] + 64 * m);
+#pragma unroll
+                for (int d = 0; d < DK / 16; ++d) {
                     float k[8];
-                    load_eight(keys, row + d, k);
+                    two_of_word(words[d].x, k[0], k[1]);
+                    two_of_word(words[d].y, k[2], k[3]);
+                    two_of_word(words[d].z, k[4], k[5]);
+                    two_of_word(words[d].w, k[6], k[7]);
 #pragma unroll
                     for (int j = 0; j < COLS; ++j) {
-                        const float* q = qx + j * DK + half + d;
-#pragma unroll
-                        for (int i = 0; i < 8; ++i) dot[j] = fmaf(k[i], q[i], dot[j]);
+                        const float4 q0 = *(const float4*)(qx + j * DK + half + 8 * d);
+                        const float4 q1 = *(const float4*)(qx + j * DK + half + 8 * d + 4);
+                        dot[j] = fmaf(k[0], q0.x, fmaf(k[1], q0.y, fmaf(k[2], q0.z, fmaf(k[3], q0.w, dot[j]))));
+                        dot[j] = fmaf(k[4], q1.x, fmaf(k[5], q1.y, fmaf(k[6], q1.z, fmaf(k[7], q1.w, dot[j]))));
                     }
                 }
                 float weight[COLS];
@@ -463,25 +479,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
                 __syncwarp();
                 if (!(lane & 1)) *(float4*)(weights + (lane >> 1) * COLS) = make_float4(weight[0], weight[1], weight[2], weight[3]);
                 __syncwarp();
-                i64 vrow = s.b * vs[0] + s.kv_head * vs[1];
-#pragma unroll 2
-                for (int i = 0; i < min(EXACT_TOKENS, count - t0); ++i) {
-                    int ti = t0 + i;
+#pragma unroll
+                for (int i = 0; i < EXACT_TOKENS; ++i) {
                     float4 wt = *(const float4*)(weights + i * COLS);
                     float wj[COLS] = {wt.x, wt.y, wt.z, wt.w};
 #pragma unroll
                     for (int m = 0; m < V_PAIRS; ++m) {
-                        int d = 64 * m + 2 * lane;
-                        if (DV % 64 == 0 || d < DV) {
-                            float a, b;
-                            load_two(values, vrow + ti * vs[2] + d, a, b);
+                        float a, b;
+                        two_of_word(pairs[i][m], a, b);
 #pragma unroll
-                            for (int j = 0; j < COLS; ++j) {
-                                // a weight of 0 must not meet a NaN
-                                if (wj[j] != 0.0f) {
-                                    acc[j][2 * m] = fmaf(wj[j], a, acc[j][2 * m]);
-                                    acc[j][2 * m + 1] = fmaf(wj[j], b, acc[j][2 * m + 1]);
-                                }
+                        for (int j = 0; j < COLS; ++j) {
+                            // a weight of 0 must not meet a NaN
+                            if (wj[j] != 0.0f) {
+                                acc[j][2 * m] = fmaf(wj[j], a, acc[j][2 * m]);
+                                acc[j][2 * m + 1] = fmaf(wj[j], b, acc[j][2 * m + 1]);
                             }
                         }
                     }
@@ -720,7 +731,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
         }
         if (g == 0) *(float2*)(stats + (warp * COLS + c) * 2) = make_float2(top, sum);
         if (lane == 0) flag[4 + warp] = (warp * STAGES + spare) * PAGE_BYTES;
-        if (!whole && tid == THREADS - 32) {
+        if (!whole && tid == THREADS / 64 * 32) {
             flag[1] = cuts.block_of(s.begin);
             flag[2] = cuts.block_of(s.end - 1) - flag[1] + 1;
         }

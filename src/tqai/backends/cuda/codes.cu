@@ -6,13 +6,16 @@
 #define CODE_THREADS 256
 #define CODE_WARPS 8
 #define BYTE_PITCH 68
+#ifndef ENCODE_BLOCKS
+#define ENCODE_BLOCKS 3  // per multiprocessor, for the compiler's choice of registers
+#endif
 
 struct Side {
     const void* in;       // encode: vectors
     void* out;            // decode: vectors [pages * heads, 64, D]
     const float* plan;    // rotation
     const float* levels;  // [2^bits] centroids
-    const float2* cells;  // encode: [buckets] (boundary, magnitudes below it) of |y| / norm
+    const float4* cells;  // encode: [buckets] of |y| / norm; see `quantize`
     i64 strides[3];       // page, head, token, in elements
     float bucket_scale;
     int buckets, least_squares;
@@ -45,16 +48,18 @@ __device__ __forceinline__ float scaled_down(float x, int exponent) {
     return x * bits_float((u32)(127 - half) << 23) * bits_float((u32)(127 - exponent + half) << 23);
 }
 
-// Code of one rotated coordinate and its centroid's magnitude.
+// Code of one rotated coordinate and its centroid's magnitude. A cell of the table is the one boundary in a
+// bucket of |y| / norm, the magnitudes of the centroids below and above it, and the positive code below it.
 template <int BITS>
-__device__ __forceinline__ int quantize(float y, float inv, const Side& s, const float2* cells, const float* mags, float& c) {
-    float t = fabsf(y) * inv;
-    int bucket = min((int)(t * s.bucket_scale), s.buckets - 1);
-    float2 cell = cells[bucket];
-    int m = (int)cell.y + (y < 0.0f ? t > cell.x : t >= cell.x);
-    c = mags[m];
-    constexpr int HALF = 1 << (BITS - 1);
-    return y < 0.0f ? HALF - 1 - m : HALF + m;
+__device__ __forceinline__ int quantize(float y, float inv, float bucket_inv, float most, const float4* cells, float& c) {
+    const float t = fabsf(y) * inv;
+    // the bucket's number lies in the low bits of a float beyond 2^23, rounded down
+    const u32 bucket = __float_as_uint(__fadd_rz(fminf(fabsf(y) * bucket_inv, most), 8388608.0f)) & 0xffff;
+    const float4 cell = cells[bucket];
+    const bool above = t >= cell.x;
+    c = above ? cell.z : cell.y;
+    const int code = __float_as_int(cell.w) + (above ? 1 : 0);
+    return code ^ (y < 0.0f ? (1 << BITS) - 1 : 0);  // not by its sign bit: -0 is 0
 }
 
 // Codes of one row's share into the byte array: keys as [token][dim], values as [dim][token].
@@ -64,36 +69,76 @@ __device__ __forceinline__ void put_code(u8* bytes, int token, int dim, int code
     else bytes[token * (D + 4) + dim] = (u8)code;
 }
 
+// 16 neighbouring elements as they lie in memory.
+struct Sixteen {
+    uint4 words[DTYPE == 2 ? 4 : 2];
+    __device__ __forceinline__ void load(const void* from, i64 at) {
+#pragma unroll
+        for (int i = 0; i < (DTYPE == 2 ? 4 : 2); ++i)
+            words[i] = *(const uint4*)((const u8*)from + at * (DTYPE == 2 ? 4 : 2) + 16 * i);
+    }
+    __device__ __forceinline__ void unpack(float (&x)[16]) const {
+#pragma unroll
+        for (int i = 0; i < (DTYPE == 2 ? 4 : 2); ++i) {
+#if DTYPE == 2
+            x[4 * i] = bits_float(words[i].x);
+            x[4 * i + 1] = bits_float(words[i].y);
+            x[4 * i + 2] = bits_float(words[i].z);
+            x[4 * i + 3] = bits_float(words[i].w);
+#else
+            two_of_word(words[i].x, x[8 * i], x[8 * i + 1]);
+            two_of_word(words[i].y, x[8 * i + 2], x[8 * i + 3]);
+            two_of_word(words[i].z, x[8 * i + 4], x[8 * i + 5]);
+            two_of_word(words[i].w, x[8 * i + 6], x[8 * i + 7]);
+#endif
+        }
+    }
+};
+
 template <int D, int BITS, int ROUNDS, bool VALUES>
 __device__ void encode_side(const Side& s, u8* codes_out, u16* scales_out, int page, int head, u8* smem) {
     constexpr int BYTES = VALUES ? D * BYTE_PITCH : 64 * (D + 4);
     float* work = (float*)smem;
     constexpr int WORK = ROUNDS > 0 ? CODE_WARPS * (512 / D) * (D + 8) : CODE_WARPS * 4 * D;
     u8* bytes = smem + WORK * 4;
-    float2* cells = (float2*)(bytes + ALIGN16(BYTES));
-    float* mags = (float*)(cells + s.buckets);
+    float4* table = (float4*)(bytes + ALIGN16(BYTES));
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    for (int i = tid; i < s.buckets; i += CODE_THREADS) cells[i] = s.cells[i];
-    for (int i = tid; i < (1 << (BITS - 1)); i += CODE_THREADS) mags[i] = s.levels[(1 << (BITS - 1)) + i];
+    for (int i = tid; i < s.buckets; i += CODE_THREADS) table[i] = s.cells[i];
     __syncthreads();
+    const float most = s.buckets - 1;
     const i64 base = page * s.strides[0] + head * s.strides[1];
 
     if constexpr (ROUNDS > 0) {
         constexpr int T = D / 16, ROWS = 32 / T, PITCH = D + 8;
         const int q = lane % T, r = lane / T;
         float* row = work + warp * ROWS * PITCH + r * PITCH;
-        // chunk k of 4 floats of thread q lies at chunk k ^ (q / 2 % 4), against bank conflicts
+        // Chunk k of 4 floats of thread q lies at chunk k ^ (q / 2 % 4), against bank conflicts. Two views of
+        // a row: `whole[k]` are the chunks of 16 neighbours, `spread(i)` is coordinate i T + q.
+        float* whole[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) whole[k] = row + q * 16 + ((k ^ (q >> 1)) & 3) * 4;
+        constexpr int MOVING = T >= 16 ? 3 : T >= 8 ? 1 : 0;  // bits of the chunk that depend on q
+        float* bases[MOVING + 1];
+#pragma unroll
+        for (int k = 0; k <= MOVING; ++k) bases[k] = row + ((((q >> 2) ^ k) & MOVING) * 4) + (T >= 4 ? q & 3 : q);
+        auto spread = [&](int i) -> float& {
+            // i T + q = 16 owner + 4 chunk + q % 4, with the fixed part of the chunk from i alone
+            const int owner = i * T >> 4, fixed = (i * T >> 2) & 3, turn = (owner >> 1) & 3;
+            return bases[turn & MOVING][owner * 16 + ((fixed ^ turn) & 3 & ~MOVING) * 4 + (T < 4 ? (i * T) & 3 : 0)];
+        };
         float first[16], second[16];
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
             first[i] = s.plan[q * 16 + i];
             second[i] = ROUNDS > 1 ? s.plan[D + i * T + q] : 1.0f;
         }
+        Sixteen coming;  // asked for one round ahead
+        if (warp * ROWS + r < PAGE_TOKENS) coming.load(s.in, base + (warp * ROWS + r) * s.strides[2] + q * 16);
 #pragma unroll 1
         for (int token = warp * ROWS + r; token < PAGE_TOKENS; token += CODE_WARPS * ROWS) {
             float x[16];
-            load_eight(s.in, base + token * s.strides[2] + q * 16, x);
-            load_eight(s.in, base + token * s.strides[2] + q * 16 + 8, x + 8);
+            coming.unpack(x);
+            if (token + CODE_WARPS * ROWS < PAGE_TOKENS) coming.load(s.in, base + (token + CODE_WARPS * ROWS) * s.strides[2] + q * 16);
             float top = 0.0f;
 #pragma unroll
             for (int i = 0; i < 16; ++i) top = max_nan(top, fabsf(x[i]));
@@ -122,14 +167,11 @@ __device__ void encode_side(const Side& s, u8* codes_out, u16* scales_out, int p
             __syncwarp();
 #pragma unroll
             for (int k = 0; k < 4; ++k)
-                *(float4*)(row + q * 16 + ((k ^ (q >> 1)) & 3) * 4) = make_float4(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]);
+                *(float4*)whole[k] = make_float4(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]);
             __syncwarp();
             float y[16];
 #pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                int d = i * T + q, owner = d >> 4, chunk = (d >> 2) & 3;
-                y[i] = row[owner * 16 + ((chunk ^ (owner >> 1)) & 3) * 4 + (d & 3)];
-            }
+            for (int i = 0; i < 16; ++i) y[i] = spread(i);
 #pragma unroll
             for (int round = 0; round < ROUNDS; ++round) {
                 if (round == 1) {
@@ -148,15 +190,12 @@ __device__ void encode_side(const Side& s, u8* codes_out, u16* scales_out, int p
                 }
             }
 #pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                int d = i * T + q, owner = d >> 4, chunk = (d >> 2) & 3;
-                row[owner * 16 + ((chunk ^ (owner >> 1)) & 3) * 4 + (d & 3)] = y[i];
-            }
+            for (int i = 0; i < 16; ++i) spread(i) = y[i];
             __syncwarp();
             float norm = 0.0f;
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                float4 f = *(const float4*)(row + q * 16 + ((k ^ (q >> 1)) & 3) * 4);
+                float4 f = *(const float4*)whole[k];
                 x[4 * k] = f.x; x[4 * k + 1] = f.y; x[4 * k + 2] = f.z; x[4 * k + 3] = f.w;
             }
             if (ROUNDS > 1) {
@@ -176,12 +215,13 @@ __device__ void encode_side(const Side& s, u8* codes_out, u16* scales_out, int p
 #pragma unroll
             for (int o = 1; o < T; o *= 2) norm += __shfl_xor_sync(FULL, norm, o);
             const float inv = norm > 0.0f ? 1.0f / sqrtf(norm) : 0.0f;
+            const float bucket_inv = inv * s.bucket_scale;
             float xc = 0.0f, cc = 0.0f;
             u32 word[4];
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
                 float c;
-                int code = quantize<BITS>(x[i], inv, s, cells, mags, c);
+                int code = quantize<BITS>(x[i], inv, bucket_inv, most, table, c);
                 xc = fmaf(fabsf(x[i]), c, xc);
                 cc = fmaf(c, c, cc);
                 if (!(top < INF)) code = 0;
@@ -253,12 +293,13 @@ __device__ void encode_side(const Side& s, u8* codes_out, u16* scales_out, int p
 #pragma unroll
                 for (int o = 1; o < 32; o *= 2) norm += __shfl_xor_sync(FULL, norm, o);
                 const float inv = norm > 0.0f ? 1.0f / sqrtf(norm) : 0.0f;
+                const float bucket_inv = inv * s.bucket_scale;
 #pragma unroll
                 for (int i = 0; i < N; ++i) {
                     int d = lane + 32 * i;
                     if (d < D) {
                         float c;
-                        int code = quantize<BITS>(y[r][i], inv, s, cells, mags, c);
+                        int code = quantize<BITS>(y[r][i], inv, bucket_inv, most, table, c);
                         xc = fmaf(fabsf(y[r][i]), c, xc);
                         cc = fmaf(c, c, cc);
                         put_code<D, VALUES>(bytes, t0 + r, d, top[r] < INF ? code : 0);
@@ -314,7 +355,7 @@ __device__ void encode_side(const Side& s, u8* codes_out, u16* scales_out, int p
     }
 }
 
-extern "C" __global__ void __launch_bounds__(CODE_THREADS) tqai_encode(const __grid_constant__ CodeParams p) {
+extern "C" __global__ void __launch_bounds__(CODE_THREADS, ENCODE_BLOCKS) tqai_encode(const __grid_constant__ CodeParams p) {
     extern __shared__ __align__(128) u8 smem[];
     const int side = blockIdx.y, page = blockIdx.x / p.heads, head = blockIdx.x - page * p.heads;
     u8* out = p.pages + (i64)blockIdx.x * PAGE_BYTES;

@@ -127,7 +127,7 @@ def code_shared_bytes(codec: Codec, buckets: int) -> int:
     rounds = ROUNDS[codec.spec.rotation]
     work = CODE_WARPS * (512 // dim) * (dim + 8) if rounds else CODE_WARPS * 4 * dim
     byte_array = max(dim * 68, 64 * (dim + 4)) + 16
-    encode = 4 * work + byte_array + 8 * buckets + 4 * 2 ** (bits - 1)
+    encode = 4 * work + byte_array + 16 * buckets
     decode = 4 * (64 * (dim + 1) + 2**bits)
     return max(encode, decode) + 16
 
@@ -145,29 +145,36 @@ def rotation_plan(codec: Codec) -> NDArray[np.float32]:
 
 
 def quantizer_cells(codec: Codec) -> tuple[NDArray[np.float32], float]:
-    """Table that turns |coordinate| of a unit vector into a magnitude: one look and one comparison.
+    """Table that turns |coordinate| of a unit vector into a code: one look and one comparison.
 
-    Bucket k covers [k, k + 1) / scale and holds (the one boundary in it or infinity, boundaries below it).
+    Bucket k covers [k, k + 1) / scale and holds the one boundary in it (or infinity), the centroid's
+    magnitude below and above that boundary, and the positive code below it, an int32 as float32 bits.
 
     Returns:
-        float32 `[buckets, 2]` and the scale, buckets per unit.
+        float32 `[buckets, 4]` and the scale, buckets per unit.
     """
     boundaries = codec.tables()["boundaries"].astype(np.float64)
+    half = 2 ** (codec.spec.bits - 1)
+    magnitudes = codec.tables()["centroids"][half:]
     positive = boundaries[boundaries > 0]
-    if len(positive) == 0:
-        return np.array([[np.inf, 0.0]], dtype=np.float32), 1.0
-    gaps = np.diff(np.concatenate([[0.0], positive]))
-    buckets = 16
+    gaps = np.diff(np.concatenate([[0.0], positive])) if len(positive) else np.ones(1)
+    last = positive[-1] if len(positive) else 0.0
+    buckets = 1 if len(positive) == 0 else 16
     while True:
-        scale = np.float32(buckets / (positive[-1] + 0.5 * gaps[-1]))
-        # as the kernel computes it, in float32
-        owner = (positive.astype(np.float32) * scale).astype(np.int64)
-        if owner[-1] < buckets and len(np.unique(owner)) == len(owner):
+        # a little less than a whole number of buckets, so that rounding cannot part equal comparisons
+        scale = np.float32(buckets / (last + 0.5 * gaps[-1]))
+        low = np.floor(positive * float(scale) * (1.0 - 2.0**-20)).astype(np.int64)
+        high = np.floor(positive * float(scale) * (1.0 + 2.0**-20)).astype(np.int64)
+        if np.array_equal(low, high) and len(np.unique(low)) == len(low) and (high < buckets).all():
             break
-        buckets *= 2
-    cells = np.full((buckets, 2), np.inf, dtype=np.float32)
-    cells[:, 1] = np.searchsorted(owner, np.arange(buckets), side="left")
-    cells[owner, 0] = positive.astype(np.float32)
+        buckets = buckets * 2 if len(np.unique(low)) < len(low) or buckets < 16 else buckets + 1
+    below = np.searchsorted(low, np.arange(buckets), side="left")
+    cells = np.empty((buckets, 4), dtype=np.float32)
+    cells[:, 0] = np.inf
+    cells[low, 0] = positive.astype(np.float32)
+    cells[:, 1] = magnitudes[below]
+    cells[:, 2] = magnitudes[np.minimum(below + 1, half - 1)]
+    cells[:, 3] = (half + below).astype(np.int32).view(np.float32)
     return cells, float(scale)
 
 

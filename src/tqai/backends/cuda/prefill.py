@@ -163,7 +163,7 @@ def _plain(
         if visible is not None:
             # weight 0 times NaN is NaN: tokens that nobody sees are taken out of the product
             somebody = (
-                visible.expand(batch, heads, taken, count).view(batch, kv_heads, groups * taken, count).any(2)
+                visible.expand(batch, heads, taken, count).reshape(batch, kv_heads, groups * taken, count).any(2)
             )
             part = torch.where(somebody.unsqueeze(-1), values, 0.0)
         else:
