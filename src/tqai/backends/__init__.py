@@ -22,6 +22,7 @@ __all__ = ["BACKENDS", "Choice", "load", "resolve"]
 logger = logging.getLogger("tqai")
 
 BACKENDS: dict[str, str] = {
+    "cuda": "tqai.backends.cuda:CudaBackend",
     "native": "tqai.backends.native.backend:NativeBackend",
     "torch": "tqai.backends.torch_ops:TorchBackend",
 }
