@@ -16,9 +16,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
 ]
 
-# Relative L2 of logits: float32 throughout for torch, 8-bit parts in the kernels of the others.
+# Model dtype and relative L2 of logits against the CPU in float32: torch computes in float32 throughout,
+# the kernels take half precision, whose own rounding is most of the difference.
+DTYPE = {"torch": torch.float32}
 LOGITS_ERROR = {"torch": 2e-4}
-KERNEL_LOGITS_ERROR = 1e-2
+HALF_LOGITS_ERROR = 2e-2
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +30,12 @@ def torch_backend():
 
 @pytest.fixture(scope="module")
 def models():
-    """The embedded model on the CPU and on the GPU, float32, and 2,000 tokens of its document."""
+    """The embedded model on the CPU in float32, on the GPU in each dtype, and 2,000 tokens of text."""
     from tqai.demo import load as load_demo
     from tqai.demo.retrieval import document
 
     on_cpu, tokenizer = load_demo(torch.float32, "cpu")
-    on_gpu, _ = load_demo(torch.float32, "cuda")
+    on_gpu = {dtype: load_demo(dtype, "cuda")[0] for dtype in (torch.float32, torch.float16)}
     ids = torch.tensor(tokenizer.encode(document()[:12000]))[None, :2000]
     return on_cpu, on_gpu, ids
 
@@ -61,13 +63,14 @@ def forced_logits(model, ids, cache, prompt=1500, chunk=200, steps=40):
 @pytest.mark.parametrize("preset", ["K4/V2", "K4/V4", "K3/V3"])
 def test_logits_equal_the_cpu(models, backend, preset):
     on_cpu, on_gpu, ids = models
+    on_gpu = on_gpu[DTYPE.get(backend, torch.float16)]
     wanted = forced_logits(
         on_cpu, ids, TurboQuantCache(on_cpu, config=CacheConfig.preset(preset, backend="torch"))
     )
     cache = TurboQuantCache(on_gpu, config=CacheConfig.preset(preset, backend=backend))
     found = forced_logits(on_gpu, ids, cache)
     error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    assert error.median() < LOGITS_ERROR.get(backend, KERNEL_LOGITS_ERROR)
+    assert error.median() < LOGITS_ERROR.get(backend, HALF_LOGITS_ERROR)
     report = cache.memory()
     assert report.backend == backend
     assert report.tokens == 1740
@@ -75,10 +78,10 @@ def test_logits_equal_the_cpu(models, backend, preset):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_generate_in_half_precision(models, backend, dtype):
-    _, on_gpu, ids = models
-    model = type(on_gpu)(on_gpu.config).to("cuda", dtype)
-    model.load_state_dict(on_gpu.state_dict())
-    model.eval()
+    from tqai.demo import load as load_demo
+
+    *_, ids = models
+    model, _ = load_demo(dtype, "cuda")
     prompt = ids[:, :1000].cuda()
     settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(prompt, past_key_values=DynamicCache(config=model.config), **settings)
@@ -91,7 +94,8 @@ def test_generate_in_half_precision(models, backend, dtype):
 
 
 def test_left_padding_and_beams(models, backend):
-    _, model, ids = models
+    _, on_gpu, ids = models
+    model = on_gpu[DTYPE.get(backend, torch.float16)]
     rows = [ids[0, :300], ids[0, 300:500], ids[0, 500:871]]
     batch = torch.zeros(3, 371, dtype=torch.long)
     mask = torch.zeros(3, 371, dtype=torch.long)
@@ -113,6 +117,9 @@ def test_left_padding_and_beams(models, backend):
 
 def test_saved_on_the_gpu_continues_on_the_cpu(models, backend, tmp_path):
     on_cpu, on_gpu, ids = models
+    on_gpu = on_gpu[DTYPE.get(backend, torch.float16)]
+    on_cpu = type(on_cpu)(on_cpu.config).to(on_gpu.dtype)
+    on_cpu.load_state_dict(on_gpu.state_dict())
     cache = TurboQuantCache(on_gpu, bits=4, backend=backend)
     with torch.inference_mode():
         on_gpu(ids[:, :700].cuda(), past_key_values=cache)
@@ -120,4 +127,5 @@ def test_saved_on_the_gpu_continues_on_the_cpu(models, backend, tmp_path):
         twin = TurboQuantCache.load(tmp_path / "cache", on_cpu)
         wanted = on_gpu(ids[:, 700:701].cuda(), past_key_values=cache).logits.cpu()
         found = on_cpu(ids[:, 700:701], past_key_values=twin).logits
-    assert (found - wanted).norm() / wanted.norm() < KERNEL_LOGITS_ERROR
+    error = (found.float() - wanted.float()).norm() / wanted.float().norm()
+    assert error < LOGITS_ERROR.get(backend, HALF_LOGITS_ERROR)
