@@ -1,6 +1,6 @@
 """How fast is decode attention on packed codes on this CPU?
 
-    python benchmarks/cpu_attention.py [--quick] [--out benchmarks/results/cpu_attention.json]
+    python benchmarks/cpu_attention.py [--quick] [--plot docs/images/cpu_attention.svg]
 
 One layer, batch 1, 8 KV heads, 32 query heads, head_dim 128, one new token. Every path attends to the
 same tokens; a path is timed only after its result agrees with float64 attention to what it stores. The
@@ -223,12 +223,47 @@ def cpu_name():
         return platform.processor()
 
 
+def plot(result, path):
+    """Time per call over tokens, log-log: the fastest torch formulation and the packed paths."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "tqai"
+    from matplotlib import pyplot
+
+    lengths = [int(tokens) for tokens in result["lengths"]]
+    runs = list(result["lengths"].values())
+    lines = {
+        "fastest torch formulation": [min(v["median_ms"] for k, v in r.items() if "torch" in k) for r in runs]
+    }
+    for name in runs[0]:
+        if name.startswith("native") and name.split()[2] in ("K4/V4", "K4/V2"):
+            lines[name.removeprefix("native ")] = [r[name]["median_ms"] for r in runs]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, values in lines.items():
+        axes.loglog(lengths, values, marker="o", label=name)
+    axes.set_xticks(lengths, [f"{x // 1024}k" for x in lengths])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("milliseconds per layer and token")
+    axes.set_title("decode attention, 8 KV heads, 32 query heads, head_dim 128")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="4k and 32k tokens only")
     parser.add_argument("--budget", type=float, default=8.0, help="seconds per length")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_attention.json")
+    parser.add_argument("--plot", type=Path, help="draw an SVG of time over tokens there")
+    parser.add_argument("--from-results", action="store_true", help="draw from --out, measure nothing")
     options = parser.parse_args()
+    if options.from_results:
+        plot(json.loads(options.out.read_text()), options.plot)
+        return
     torch.set_grad_enabled(False)
     backend = load("native")
     chosen = backend.isa
@@ -269,6 +304,8 @@ def main() -> None:
     backend.use_isa(chosen)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.plot:
+        plot(result, options.plot)
     print(f"read {result['read_bytes_per_s'] / 1e9:.1f} GB/s; encode {result['encode_MB_per_s_per_core']}")
 
 
