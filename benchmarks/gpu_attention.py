@@ -200,10 +200,11 @@ def main() -> None:
                 row["speedup_eager"] = fastest["eager_us"] / row["eager_us"]
                 row["of_copy_bandwidth"] = row["bytes_per_s"] / bandwidth
                 rows.append(row)
+                name = f"B{batch} {length:6d} {backend.name:6} K{bits_k}/V{bits_v}"
                 print(
-                    f"B{batch} {length:6d} {backend.name:6} K{bits_k}/V{bits_v} graph {row['graph_us']:7.1f} "
-                    f"({row['speedup_graph']:.2f}x) eager {row['eager_us']:7.1f} ({row['speedup_eager']:.2f}x) "
-                    f"{row['of_copy_bandwidth']:.0%} error {row['error']:.1e} bf16 {row['error_bfloat16']:.1e}"
+                    f"{name} graph {row['graph_us']:7.1f} ({row['speedup_graph']:.2f}x) eager "
+                    f"{row['eager_us']:7.1f} ({row['speedup_eager']:.2f}x) {row['of_copy_bandwidth']:.0%} "
+                    f"error {row['error']:.1e} bf16 {row['error_bfloat16']:.1e}"
                 )
     report = {"where": gpu_provenance(arguments.commit), "copy_bytes_per_s": bandwidth, "rows": rows}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")

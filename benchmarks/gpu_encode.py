@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def main() -> None:
                 raise SystemExit(
                     f"{backend.name} K{bits_k}/V{bits_v}: {share:.1e} of the codes differ: not timed"
                 )
-            time_us = graph_us([lambda: backend.encode(keys, values, page_format, out)], replays=7)
+            time_us = graph_us([partial(backend.encode, keys, values, page_format, out)], replays=7)
             size = 2 * keys.numel() * keys.element_size()
             row = {
                 "backend": backend.name,
@@ -75,8 +76,8 @@ def main() -> None:
             }
             rows.append(row)
             print(
-                f"{backend.name:6} K{bits_k}/V{bits_v} {time_us:8.1f} us, {row['input_bytes_per_s'] / 1e12:.2f} TB/s of "
-                f"input, {row['of_copy_bandwidth']:.0%} of copy, apart {share:.1e}"
+                f"{backend.name:6} K{bits_k}/V{bits_v} {time_us:8.1f} us, {row['input_bytes_per_s'] / 1e12:.2f} "
+                f"TB/s of input, {row['of_copy_bandwidth']:.0%} of copy, apart {share:.1e}"
             )
     report = {"where": gpu_provenance(arguments.commit), "copy_bytes_per_s": bandwidth, "rows": rows}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")

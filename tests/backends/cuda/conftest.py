@@ -82,7 +82,7 @@ def make_case(
     query_scale=1.0,
     edit=None,
 ):
-    """Random tokens, encoded by the backend into poisoned pages; `edit(keys, values)` may alter them first."""
+    """Random tokens, encoded into poisoned pages; `edit(keys, values)` may alter them first."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def draw(*shape):

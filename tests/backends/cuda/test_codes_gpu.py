@@ -50,7 +50,9 @@ def test_codes_are_those_of_core(cuda_backend, dim, bits_k, bits_v, dtype):
         # Only a coordinate within float32 rounding of a boundary may differ, and by one.
         assert np.abs(mine - right).max() <= 1
         rotated = vectors.double().nan_to_num(0, 0, 0).numpy()
-        rotated = rotated / np.maximum(np.abs(rotated).max(-1, keepdims=True), 1e-300) @ codec.rotation_matrix.T
+        rotated = (
+            rotated / np.maximum(np.abs(rotated).max(-1, keepdims=True), 1e-300) @ codec.rotation_matrix.T
+        )
         unit = rotated / np.maximum(np.linalg.norm(rotated, axis=-1, keepdims=True), 1e-300)
         boundary = codec.tables()["boundaries"][np.minimum(mine, right)[apart]]
         assert (np.abs(unit[apart] - boundary) < 5e-7).all()

@@ -45,26 +45,29 @@ struct Divisor {
     __device__ __forceinline__ int divide(int n) const { return (int)((__umulhi((u32)n, factor) + (u32)n) >> shift); }
 };
 
+// What is read first comes first: constants arrive line by line.
 struct Params {
     const i64* addresses;
+    i64 address_stride;
     const int* page_counts;
     const int* recent_counts;
-    const void *query, *sink_keys, *sink_values, *recent_keys, *recent_values;
-    const u8* mask;
-    void* out;
-    float* lse;
-    float* partial;
-    int* counters;
+    int pages, sinks, recent, first_token;
+    int batch, kv_heads, group, new_tokens, col_groups;
+    Divisor by_items, by_heads, by_col_groups, by_group, by_grid;  // items: of each segment, where all are alike
+    float scaling, softcap;
+    const void* query;
+    i64 query_strides[3];
     const float *plan_k, *plan_v;
     const u32 *lut_k, *lut_v;
-    i64 address_stride;
-    i64 query_strides[3], sink_key_strides[3], sink_value_strides[3], recent_key_strides[3], recent_value_strides[3];
-    i64 mask_strides[4];
-    int batch, kv_heads, group, new_tokens, col_groups;
-    int pages, sinks, recent, first_token;
-    float scaling, softcap;
     Levels levels_k, levels_v;
-    Divisor by_items, by_heads, by_col_groups, by_group, by_grid;  // items: of each segment, where all have the same
+    const void *recent_keys, *recent_values, *sink_keys, *sink_values;
+    i64 recent_key_strides[3], recent_value_strides[3], sink_key_strides[3], sink_value_strides[3];
+    const u8* mask;
+    i64 mask_strides[4];
+    float* partial;
+    int* counters;
+    void* out;
+    float* lse;
 };
 
 struct Piece {

@@ -45,61 +45,31 @@ class _Divisor(ctypes.Structure):
     _fields_ = [("factor", ctypes.c_uint32), ("shift", ctypes.c_uint32)]
 
 
+def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names]
+
+
 class _Params(ctypes.Structure):
+    """`Params` of attention.cu, field by field."""
+
     _fields_ = [
-        *(
-            (name, ctypes.c_uint64)
-            for name in (
-                "addresses",
-                "page_counts",
-                "recent_counts",
-                "query",
-                "sink_keys",
-                "sink_values",
-                "recent_keys",
-                "recent_values",
-                "mask",
-                "out",
-                "lse",
-                "partial",
-                "counters",
-                "plan_k",
-                "plan_v",
-                "lut_k",
-                "lut_v",
-            )
-        ),
-        ("address_stride", ctypes.c_int64),
-        *(
-            (name, ctypes.c_int64 * 3)
-            for name in (
-                "query_strides",
-                "sink_key_strides",
-                "sink_value_strides",
-                "recent_key_strides",
-                "recent_value_strides",
-            )
-        ),
-        ("mask_strides", ctypes.c_int64 * 4),
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "batch",
-                "kv_heads",
-                "group",
-                "new_tokens",
-                "col_groups",
-                "pages",
-                "sinks",
-                "recent",
-                "first_token",
-            )
-        ),
-        ("scaling", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("levels_k", _Levels),
-        ("levels_v", _Levels),
-        *((name, _Divisor) for name in ("by_items", "by_heads", "by_col_groups", "by_group", "by_grid")),
+        *_fields(ctypes.c_uint64, "addresses"),
+        *_fields(ctypes.c_int64, "address_stride"),
+        *_fields(ctypes.c_uint64, "page_counts", "recent_counts"),
+        *_fields(ctypes.c_int32, "pages", "sinks", "recent", "first_token"),
+        *_fields(ctypes.c_int32, "batch", "kv_heads", "group", "new_tokens", "col_groups"),
+        *_fields(_Divisor, "by_items", "by_heads", "by_col_groups", "by_group", "by_grid"),
+        *_fields(ctypes.c_float, "scaling", "softcap"),
+        *_fields(ctypes.c_uint64, "query"),
+        *_fields(ctypes.c_int64 * 3, "query_strides"),
+        *_fields(ctypes.c_uint64, "plan_k", "plan_v", "lut_k", "lut_v"),
+        *_fields(_Levels, "levels_k", "levels_v"),
+        *_fields(ctypes.c_uint64, "recent_keys", "recent_values", "sink_keys", "sink_values"),
+        *_fields(ctypes.c_int64 * 3, "recent_key_strides", "recent_value_strides"),
+        *_fields(ctypes.c_int64 * 3, "sink_key_strides", "sink_value_strides"),
+        *_fields(ctypes.c_uint64, "mask"),
+        *_fields(ctypes.c_int64 * 4, "mask_strides"),
+        *_fields(ctypes.c_uint64, "partial", "counters", "out", "lse"),
     ]
 
 

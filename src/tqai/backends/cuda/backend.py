@@ -89,7 +89,7 @@ class CudaBackend:
         """
         with torch.cuda.device(query.device):
             if query.shape[2] > MAX_NEW_TOKENS:
-                return attend_tiles(query, history, sinks, recent, mask, scaling, softcap)
+                return attend_tiles(query, history, sinks, recent, mask, scaling, softcap, decode_pages)
             query = query if query.stride(-1) == 1 else query.contiguous()
             exact_sinks = None if sinks is None or sinks.keys.shape[2] == 0 else _exact(sinks, query.dtype)
             out, lse = attend_pages(

@@ -15,7 +15,7 @@ struct Side {
     void* out;            // decode: vectors [pages * heads, 64, D]
     const float* plan;    // rotation
     const float* levels;  // [2^bits] centroids
-    const float4* cells;  // encode: [buckets] of |y| / norm; see `quantize`
+    const float2* cells;  // encode: [buckets] of |y| / norm; see `quantize`
     i64 strides[3];       // page, head, token, in elements
     float bucket_scale;
     int buckets, least_squares;
@@ -49,17 +49,19 @@ __device__ __forceinline__ float scaled_down(float x, int exponent) {
 }
 
 // Code of one rotated coordinate and its centroid's magnitude. A cell of the table is the one boundary in a
-// bucket of |y| / norm, the magnitudes of the centroids below and above it, and the positive code below it.
+// bucket of |y| / norm, and the number of magnitudes below it. Two small tables rather than one of wide
+// entries: 16 entries of 8 bytes lie in different banks, and so do 32 of 4.
 template <int BITS>
-__device__ __forceinline__ int quantize(float y, float inv, float bucket_inv, float most, const float4* cells, float& c) {
+__device__ __forceinline__ int quantize(float y, float inv, float bucket_inv, float most, const float2* cells,
+                                        const float* magnitudes, float& c) {
     const float t = fabsf(y) * inv;
     // the bucket's number lies in the low bits of a float beyond 2^23, rounded down
     const u32 bucket = __float_as_uint(__fadd_rz(fminf(fabsf(y) * bucket_inv, most), 8388608.0f)) & 0xffff;
-    const float4 cell = cells[bucket];
-    const bool above = t >= cell.x;
-    c = above ? cell.z : cell.y;
-    const int code = __float_as_int(cell.w) + (above ? 1 : 0);
-    return code ^ (y < 0.0f ? (1 << BITS) - 1 : 0);  // not by its sign bit: -0 is 0
+    const float2 cell = cells[bucket];
+    const int m = __float_as_int(cell.y) + (t >= cell.x ? 1 : 0);
+    c = magnitudes[m];
+    constexpr int HALF = 1 << (BITS - 1);
+    return y < 0.0f ? HALF - 1 - m : HALF + m;  // not by its sign bit: -0 is 0
 }
 
 // Codes of one row's share into the byte array: keys as [token][dim], values as [dim][token].
@@ -101,9 +103,11 @@ __device__ void encode_side(const Side& s, u8* codes_out, u16* scales_out, int p
     float* work = (float*)smem;
     constexpr int WORK = ROUNDS > 0 ? CODE_WARPS * (512 / D) * (D + 8) : CODE_WARPS * 4 * D;
     u8* bytes = smem + WORK * 4;
-    float4* table = (float4*)(bytes + ALIGN16(BYTES));
+    float2* cells = (float2*)(bytes + ALIGN16(BYTES));
+    float* magnitudes = (float*)(cells + s.buckets);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    for (int i = tid; i < s.buckets; i += CODE_THREADS) table[i] = s.cells[i];
+    for (int i = tid; i < s.buckets; i += CODE_THREADS) cells[i] = s.cells[i];
+    for (int i = tid; i < (1 << (BITS - 1)); i += CODE_THREADS) magnitudes[i] = s.levels[(1 << (BITS - 1)) + i];
     __syncthreads();
     const float most = s.buckets - 1;
     const i64 base = page * s.strides[0] + head * s.strides[1];
@@ -221,7 +225,7 @@ __device__ void encode_side(const Side& s, u8* codes_out, u16* scales_out, int p
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
                 float c;
-                int code = quantize<BITS>(x[i], inv, bucket_inv, most, table, c);
+                int code = quantize<BITS>(x[i], inv, bucket_inv, most, cells, magnitudes, c);
                 xc = fmaf(fabsf(x[i]), c, xc);
                 cc = fmaf(c, c, cc);
                 if (!(top < INF)) code = 0;
@@ -299,7 +303,7 @@ __device__ void encode_side(const Side& s, u8* codes_out, u16* scales_out, int p
                     int d = lane + 32 * i;
                     if (d < D) {
                         float c;
-                        int code = quantize<BITS>(y[r][i], inv, bucket_inv, most, table, c);
+                        int code = quantize<BITS>(y[r][i], inv, bucket_inv, most, cells, magnitudes, c);
                         xc = fmaf(fabsf(y[r][i]), c, xc);
                         cc = fmaf(c, c, cc);
                         put_code<D, VALUES>(bytes, t0 + r, d, top[r] < INF ? code : 0);

@@ -127,7 +127,7 @@ def code_shared_bytes(codec: Codec, buckets: int) -> int:
     rounds = ROUNDS[codec.spec.rotation]
     work = CODE_WARPS * (512 // dim) * (dim + 8) if rounds else CODE_WARPS * 4 * dim
     byte_array = max(dim * 68, 64 * (dim + 4)) + 16
-    encode = 4 * work + byte_array + 16 * buckets
+    encode = 4 * work + byte_array + 8 * buckets + 4 * 2 ** (bits - 1)
     decode = 4 * (64 * (dim + 1) + 2**bits)
     return max(encode, decode) + 16
 
@@ -147,15 +147,13 @@ def rotation_plan(codec: Codec) -> NDArray[np.float32]:
 def quantizer_cells(codec: Codec) -> tuple[NDArray[np.float32], float]:
     """Table that turns |coordinate| of a unit vector into a code: one look and one comparison.
 
-    Bucket k covers [k, k + 1) / scale and holds the one boundary in it (or infinity), the centroid's
-    magnitude below and above that boundary, and the positive code below it, an int32 as float32 bits.
+    Bucket k covers [k, k + 1) / scale and holds the one boundary in it (or infinity) and the number of
+    magnitudes below that boundary, an int32 as float32 bits.
 
     Returns:
-        float32 `[buckets, 4]` and the scale, buckets per unit.
+        float32 `[buckets, 2]` and the scale, buckets per unit.
     """
     boundaries = codec.tables()["boundaries"].astype(np.float64)
-    half = 2 ** (codec.spec.bits - 1)
-    magnitudes = codec.tables()["centroids"][half:]
     positive = boundaries[boundaries > 0]
     gaps = np.diff(np.concatenate([[0.0], positive])) if len(positive) else np.ones(1)
     last = positive[-1] if len(positive) else 0.0
@@ -169,12 +167,10 @@ def quantizer_cells(codec: Codec) -> tuple[NDArray[np.float32], float]:
             break
         buckets = buckets * 2 if len(np.unique(low)) < len(low) or buckets < 16 else buckets + 1
     below = np.searchsorted(low, np.arange(buckets), side="left")
-    cells = np.empty((buckets, 4), dtype=np.float32)
+    cells = np.empty((buckets, 2), dtype=np.float32)
     cells[:, 0] = np.inf
     cells[low, 0] = positive.astype(np.float32)
-    cells[:, 1] = magnitudes[below]
-    cells[:, 2] = magnitudes[np.minimum(below + 1, half - 1)]
-    cells[:, 3] = (half + below).astype(np.int32).view(np.float32)
+    cells[:, 1] = below.astype(np.int32).view(np.float32)
     return cells, float(scale)
 
 

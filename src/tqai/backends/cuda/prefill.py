@@ -7,15 +7,18 @@ serve (mask, soft cap), float32 scores of at most `TILE_SCORES` numbers (but at 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tqai.backends.base import Attended, ExactTokens, History
-from tqai.backends.cuda.codes import decode_pages
 from tqai.backends.torch_ops.attention import gather_pages
-from tqai.core.page import PAGE_TOKENS
+from tqai.core.page import PAGE_TOKENS, PageFormat
 
 __all__ = ["attend_tiles"]
+
+Decode = Callable[[Tensor, PageFormat, torch.dtype], tuple[Tensor, Tensor]]
 
 TILE_TOKENS = 8192
 TILE_BYTES = 1 << 28
@@ -50,8 +53,10 @@ def attend_tiles(
     mask: Tensor | None,
     scaling: float,
     softcap: float | None,
+    decode: Decode,
 ) -> Attended:
-    """As `Backend.attend`, for any number of new tokens."""
+    """As `Backend.attend`, for any number of new tokens. `decode` gives keys and values `[pages, 64,
+    head_dim]` of raw pages uint8 `[pages, page_bytes]`, contiguous, in a dtype."""
     merge = _Merge()
     new_tokens, own = query.shape[2], recent.keys.shape[2]
     position = 0
@@ -74,9 +79,7 @@ def attend_tiles(
     skip = history.first_token
     for first in range(0, history.pages, pages):
         raw = gather_pages(history, first, first + pages)
-        keys, values = decode_pages(
-            raw.reshape(-1, raw.shape[-1]).contiguous(), history.page_format, query.dtype
-        )
+        keys, values = decode(raw.reshape(-1, raw.shape[-1]).contiguous(), history.page_format, query.dtype)
         shape = (*raw.shape[:3], PAGE_TOKENS, -1)
         tile = ExactTokens(
             *(part.view(shape).transpose(1, 2).flatten(2, 3)[:, :, skip:] for part in (keys, values))
@@ -163,7 +166,9 @@ def _plain(
         if visible is not None:
             # weight 0 times NaN is NaN: tokens that nobody sees are taken out of the product
             somebody = (
-                visible.expand(batch, heads, taken, count).reshape(batch, kv_heads, groups * taken, count).any(2)
+                visible.expand(batch, heads, taken, count)
+                .reshape(batch, kv_heads, groups * taken, count)
+                .any(2)
             )
             part = torch.where(somebody.unsqueeze(-1), values, 0.0)
         else:

@@ -1,0 +1,410 @@
+"""Triton kernels: attention over a split of the pages, the merge, encoding and decoding.
+
+Levels are looked up by arithmetic where that is exact: an odd polynomial of the code passes through all
+levels of 1, 2 and 3 bits, and within 1e-4 of those of 4 bits (`polynomial.py`); more bits read a table.
+Rows of a query tile are (new token, query head of the group), padded to a power of two of at least 16.
+Tiles of keys and values are float16 for the tensor cores; scales are applied outside of the products.
+A NaN in sight makes a weight NaN and so the sum of weights, whether a maximum passes it on or not.
+"""
+
+# mypy: ignore-errors
+# Kernels are compiled by Triton, which gives their names meanings of its own.
+import triton
+import triton.language as tl
+
+__all__ = ["attend_split", "decode_rows", "encode_rows", "merge_splits"]
+
+PAGE_TOKENS = tl.constexpr(64)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _codes(page, at, token, dim, row_bytes, DIM: tl.constexpr, BITS: tl.constexpr, mask):
+    """Codes of `token` x `dim` of a page side, int32; planes of 8, 4, 2 and 1 bits."""
+    code = tl.zeros((token * 0 + dim * 0).shape, dtype=tl.int32)
+    base = page + at + token * row_bytes
+    for index in tl.static_range(4):
+        width: tl.constexpr = 8 >> index
+        if BITS & width:
+            # planes before this one are wider: their bits are BITS's upper binary digits
+            before: tl.constexpr = BITS // (2 * width) * (2 * width)
+            offset = DIM * before // 8 + dim * width // 8
+            byte = tl.load(base + offset, mask=mask, other=0).to(tl.int32)
+            code |= ((byte >> (dim * width % 8)) & ((1 << width) - 1)) << before
+    return code
+
+
+@triton.jit
+def _levels(code, table, BITS: tl.constexpr, c0, c1, c2, c3, c4, c5):
+    """Centroids of codes, float32."""
+    if BITS > 4:
+        return tl.load(table + code)
+    x = code.to(tl.float32) - ((1 << BITS) - 1) * 0.5
+    y = x * x
+    if BITS == 1:
+        return c0 * x
+    if BITS == 2:
+        return x * (c0 + c1 * y)
+    if BITS == 3:
+        return x * (c0 + y * (c1 + y * (c2 + y * c3)))
+    return x * (c0 + y * (c1 + y * (c2 + y * (c3 + y * (c4 + y * c5)))))
+
+
+@triton.jit
+def _scales(page, at, token):
+    bits = tl.load((page + at).to(tl.pointer_type(tl.uint16)) + token).to(tl.uint32) << 16
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _capped(logits, SOFTCAP: tl.constexpr, softcap):
+    if SOFTCAP:
+        # tanh by exponentials: 1 - 2 / (e^2x + 1)
+        return softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E) / softcap) + 1.0))
+    return logits
+
+
+@triton.jit
+def attend_split(
+    addresses,
+    address_stride,
+    query,
+    mask,
+    partial,
+    stats,
+    rotation,
+    table_k,
+    table_v,
+    page_bytes,
+    key_scales_at,
+    value_codes_at,
+    value_scales_at,
+    pages,
+    first_token,
+    sinks,
+    kv_heads,
+    group,
+    rows,
+    splits,
+    q_b,
+    q_h,
+    q_t,
+    m_b,
+    m_h,
+    m_t,
+    m_k,
+    scaling,
+    softcap,
+    ka,
+    kb,
+    kc,
+    kd,
+    ke,
+    kf,
+    va,
+    vb,
+    vc,
+    vd,
+    ve,
+    vf,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DKP: tl.constexpr,
+    DVP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BITS_K: tl.constexpr,
+    BITS_V: tl.constexpr,
+    MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """One program: one sequence and KV head, every `splits`-th page. Partial results in the rotated space."""
+    batch = tl.program_id(0) // kv_heads
+    head = tl.program_id(0) % kv_heads
+    split = tl.program_id(1)
+    row = tl.arange(0, ROWS)
+    dk = tl.arange(0, DKP)
+    dv = tl.arange(0, DVP)
+    token = tl.arange(0, PAGE_TOKENS)
+    real = row < rows
+    q_row = batch * q_b + (head * group + row % group) * q_h + (row // group) * q_t
+    q = tl.load(query + q_row[:, None] + dk[None, :], mask=real[:, None] & (dk[None, :] < DK), other=0.0).to(
+        tl.float32
+    )
+    # rotation is R transposed, so that a row vector is multiplied from the left
+    r = tl.load(
+        rotation + dk[:, None] * DK + dk[None, :], mask=(dk[:, None] < DK) & (dk[None, :] < DK), other=0.0
+    )
+    q = tl.dot(q, r, input_precision="ieee") * scaling
+    # float16 holds what is scaled to 1
+    most = tl.max(tl.abs(q), 1)
+    most = tl.where(most > 0.0, most, 1.0)
+    q = (q / most[:, None]).to(tl.float16)
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, DVP), tl.float32)
+    row_bytes_k = DK * BITS_K // 8
+    row_bytes_v = DV * BITS_V // 8
+    for index in range(split, pages, splits):
+        page = tl.load(addresses + batch * address_stride + index) + head.to(tl.int64) * page_bytes
+        page = page.to(tl.pointer_type(tl.uint8))
+        code = _codes(page, 0, token[:, None], dk[None, :], row_bytes_k, DK, BITS_K, dk[None, :] < DK)
+        k = _levels(code, table_k, BITS_K, ka, kb, kc, kd, ke, kf)
+        k = tl.where(dk[None, :] < DK, k, 0.0).to(tl.float16)
+        logits = tl.dot(q, tl.trans(k)) * most[:, None] * _scales(page, key_scales_at, token)[None, :]
+        logits = _capped(logits, SOFTCAP, softcap)
+        position = index * PAGE_TOKENS + token
+        seen = (position >= first_token)[None, :] & real[:, None]
+        if MASKED:
+            at = batch * m_b + (head * group + row % group)[:, None] * m_h + (row // group)[:, None] * m_t
+            at += (sinks + position - first_token)[None, :] * m_k
+            seen = seen & (tl.load(mask + at, mask=seen, other=0) != 0)
+        logits = tl.where(seen, logits, -float("inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        anchor = tl.where(higher == -float("inf"), 0.0, higher)
+        fade = tl.exp2((top - anchor) * LOG2E)
+        weight = tl.exp2((logits - anchor[:, None]) * LOG2E)
+        total = total * fade + tl.sum(weight, 1)
+        weight = tl.where(seen, weight * _scales(page, value_scales_at, token)[None, :], 0.0)
+        largest = tl.max(weight, 1)
+        unit = tl.where(largest > 0.0, largest, 1.0)
+        code = _codes(
+            page, value_codes_at, token[:, None], dv[None, :], row_bytes_v, DV, BITS_V, dv[None, :] < DV
+        )
+        v = _levels(code, table_v, BITS_V, va, vb, vc, vd, ve, vf).to(tl.float16)
+        part = tl.dot((weight / unit[:, None]).to(tl.float16), v) * unit[:, None]
+        acc = acc * fade[:, None] + part
+        top = higher
+    place = (tl.program_id(0) * splits + split) * ROWS + row
+    tl.store(partial + place[:, None] * DVP + dv[None, :], acc)
+    tl.store(stats + place * 2, top)
+    tl.store(stats + place * 2 + 1, total)
+
+
+@triton.jit
+def merge_splits(
+    query,
+    sink_keys,
+    sink_values,
+    recent_keys,
+    recent_values,
+    mask,
+    partial,
+    stats,
+    rotation,
+    out,
+    lse,
+    history,
+    sinks,
+    recent,
+    kv_heads,
+    group,
+    rows,
+    new_tokens,
+    splits,
+    q_b,
+    q_h,
+    q_t,
+    sk_b,
+    sk_h,
+    sk_t,
+    sv_b,
+    sv_h,
+    sv_t,
+    rk_b,
+    rk_h,
+    rk_t,
+    rv_b,
+    rv_h,
+    rv_t,
+    m_b,
+    m_h,
+    m_t,
+    m_k,
+    scaling,
+    softcap,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DKP: tl.constexpr,
+    DVP: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """One program per sequence and KV head: splits, rotated back, with sinks and recent tokens in float32."""
+    batch = tl.program_id(0) // kv_heads
+    head = tl.program_id(0) % kv_heads
+    row = tl.arange(0, ROWS)
+    dk = tl.arange(0, DKP)
+    dv = tl.arange(0, DVP)
+    token = tl.arange(0, 32)
+    real = row < rows
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, DVP), tl.float32)
+    for split in range(splits):
+        place = (tl.program_id(0) * splits + split) * ROWS + row
+        other = tl.load(stats + place * 2)
+        higher = tl.maximum(top, other)
+        anchor = tl.where(higher == -float("inf"), 0.0, higher)
+        fade = tl.exp2((top - anchor) * LOG2E)
+        gain = tl.exp2((other - anchor) * LOG2E)
+        total = total * fade + tl.load(stats + place * 2 + 1) * gain
+        acc = acc * fade[:, None] + tl.load(partial + place[:, None] * DVP + dv[None, :]) * gain[:, None]
+        top = higher
+    inside = (dv[:, None] < DV) & (dv[None, :] < DV)
+    r = tl.load(rotation + dv[:, None] * DV + dv[None, :], mask=inside, other=0.0)
+    acc = tl.dot(acc, r, input_precision="ieee")
+    q_row = batch * q_b + (head * group + row % group) * q_h + (row // group) * q_t
+    q = tl.load(query + q_row[:, None] + dk[None, :], mask=real[:, None] & (dk[None, :] < DK), other=0.0).to(
+        tl.float32
+    )
+    for step in range(tl.cdiv(sinks, 32) + tl.cdiv(recent, 32)):
+        is_sink = step < tl.cdiv(sinks, 32)
+        t = tl.where(is_sink, step, step - tl.cdiv(sinks, 32)) * 32 + token
+        count = tl.where(is_sink, sinks, recent)
+        inside = t < count
+        if is_sink:
+            key_at = sink_keys + batch * sk_b + head * sk_h + t * sk_t
+            value_at = sink_values + batch * sv_b + head * sv_h + t * sv_t
+        else:
+            key_at = recent_keys + batch * rk_b + head * rk_h + t * rk_t
+            value_at = recent_values + batch * rv_b + head * rv_h + t * rv_t
+        k = tl.load(key_at[:, None] + dk[None, :], mask=inside[:, None] & (dk[None, :] < DK), other=0.0)
+        v = tl.load(value_at[:, None] + dv[None, :], mask=inside[:, None] & (dv[None, :] < DV), other=0.0)
+        logits = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee") * scaling
+        logits = _capped(logits, SOFTCAP, softcap)
+        seen = inside[None, :] & real[:, None]
+        if MASKED:
+            position = tl.where(is_sink, t, sinks + history + t)
+            at = batch * m_b + (head * group + row % group)[:, None] * m_h + (row // group)[:, None] * m_t
+            seen = seen & (tl.load(mask + at + position[None, :] * m_k, mask=seen, other=0) != 0)
+        else:
+            seen = seen & (is_sink | (t[None, :] <= recent - new_tokens + (row // group)[:, None]))
+        logits = tl.where(seen, logits, -float("inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        anchor = tl.where(higher == -float("inf"), 0.0, higher)
+        fade = tl.exp2((top - anchor) * LOG2E)
+        weight = tl.exp2((logits - anchor[:, None]) * LOG2E)
+        # what no row sees is taken out of the product: 0 times NaN is NaN
+        used = tl.max(seen.to(tl.int32), 0) > 0
+        v = tl.where(used[:, None], v.to(tl.float32), 0.0)
+        total = total * fade + tl.sum(weight, 1)
+        acc = acc * fade[:, None] + tl.dot(weight, v, input_precision="ieee")
+        top = higher
+    result = tl.where(total[:, None] == 0.0, 0.0, acc / total[:, None])
+    o_row = ((batch * kv_heads + head) * group + row % group) * new_tokens + row // group
+    tl.store(
+        out + o_row[:, None] * DV + dv[None, :],
+        result.to(out.dtype.element_ty),
+        mask=real[:, None] & (dv[None, :] < DV),
+    )
+    tl.store(lse + o_row, tl.where(total == 0.0, -float("inf"), top + tl.log(total)), mask=real)
+
+
+@triton.jit
+def encode_rows(
+    vectors,
+    pages,
+    rotation,
+    boundaries,
+    centroids,
+    heads,
+    page_bytes,
+    codes_at,
+    scales_at,
+    v_p,
+    v_h,
+    v_t,
+    DIM: tl.constexpr,
+    DIMP: tl.constexpr,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    NORM_SCALE: tl.constexpr,
+):
+    """One program: TOKENS vectors of one page and head, rotated, scaled, quantized and packed."""
+    page = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, DIMP)
+    x = tl.load(
+        vectors + page * v_p + head * v_h + (token * v_t)[:, None] + d[None, :],
+        mask=d[None, :] < DIM,
+        other=0.0,
+    ).to(tl.float32)
+    # NaN may survive no maximum; a sum of zeros of it does
+    largest = tl.max(tl.abs(x), 1)
+    finite = (largest < float("inf")) & (tl.sum(x * 0.0, 1) == 0.0)
+    usable = finite & (largest >= 1.1754943508222875e-38)
+    safe = tl.where(usable, largest, 1.0)
+    # division in two steps would lose nothing, but one float32 division by the largest is within its rounding
+    x = tl.where(usable[:, None], x / safe[:, None], 0.0)
+    r = tl.load(
+        rotation + d[:, None] * DIM + d[None, :], mask=(d[:, None] < DIM) & (d[None, :] < DIM), other=0.0
+    )
+    y = tl.dot(x, r, input_precision="ieee")
+    norm = tl.sqrt(tl.sum(y * y, 1))
+    unit = y / tl.where(norm > 0.0, norm, 1.0)[:, None]
+    code = tl.zeros((TOKENS, DIMP), tl.int32)
+    # binary search: the number of boundaries at or below
+    for bit in tl.static_range(BITS):
+        step: tl.constexpr = 1 << (BITS - 1 - bit)
+        code += tl.where(unit >= tl.load(boundaries + code + step - 1), step, 0)
+    level = tl.where(d[None, :] < DIM, tl.load(centroids + code), 0.0)
+    scale = norm if NORM_SCALE else tl.sum(y * level, 1) / tl.sum(level * level, 1)
+    # bfloat16, nearest, ties to even; beyond its largest number, that
+    half = 0.5 * scale
+    scaled = tl.minimum(half * safe, 1.694738e38) * 2.0
+    bits = tl.minimum(scaled, 3.3895313892515355e38).to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    bits = tl.where(bits > 0x7F7F, 0x7F7F, bits)
+    bits = tl.where(usable, bits, tl.where(finite, 0, 0x7FC0))
+    base = pages + tl.program_id(0).to(tl.int64) * page_bytes
+    tl.store((base + scales_at).to(tl.pointer_type(tl.uint16)) + token, bits.to(tl.uint16))
+    code = tl.where(finite[:, None] & (d[None, :] < DIM), code, 0)
+    row = base + codes_at + token * (DIM * BITS // 8)
+    for index in tl.static_range(4):
+        width: tl.constexpr = 8 >> index
+        if BITS & width:
+            before: tl.constexpr = BITS // (2 * width) * (2 * width)
+            per_byte: tl.constexpr = 8 // width
+            part = (code >> before) & ((1 << width) - 1)
+            shifts = tl.arange(0, per_byte) * width
+            packed = tl.sum(
+                tl.reshape(part, (TOKENS, DIMP // per_byte, per_byte)) << shifts[None, None, :], 2
+            )
+            j = tl.arange(0, DIMP // per_byte)
+            tl.store(
+                row[:, None] + DIM * before // 8 + j[None, :],
+                packed.to(tl.uint8),
+                mask=j[None, :] < DIM * width // 8,
+            )
+
+
+@triton.jit
+def decode_rows(
+    pages,
+    out,
+    rotation,
+    centroids,
+    page_bytes,
+    codes_at,
+    scales_at,
+    limit,
+    DIM: tl.constexpr,
+    DIMP: tl.constexpr,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One program: TOKENS vectors of one page, in the original space."""
+    page = pages + tl.program_id(0).to(tl.int64) * page_bytes
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.arange(0, DIMP)
+    code = _codes(page, codes_at, token[:, None], d[None, :], DIM * BITS // 8, DIM, BITS, d[None, :] < DIM)
+    level = tl.where(d[None, :] < DIM, tl.load(centroids + code), 0.0)
+    r = tl.load(
+        rotation + d[:, None] * DIM + d[None, :], mask=(d[:, None] < DIM) & (d[None, :] < DIM), other=0.0
+    )
+    x = tl.dot(level, r, input_precision="ieee") * _scales(page, scales_at, token)[:, None]
+    x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
+    place = (tl.program_id(0).to(tl.int64) * PAGE_TOKENS + token)[:, None] * DIM + d[None, :]
+    tl.store(out + place, x.to(out.dtype.element_ty), mask=d[None, :] < DIM)

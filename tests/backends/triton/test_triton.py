@@ -1,0 +1,185 @@
+"""The Triton kernels against core and float64 attention; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tqai.backends.base import ExactTokens, History
+from tqai.core.codec import CodecSpec, make_codec
+from tqai.core.packing import unpack
+from tqai.core.page import PageFormat
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter rounds to bfloat16 by cutting off, which would hide the errors looked for here.
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 1.2e-3}[DTYPE]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about NaN in interpreted code
+
+
+def formats(bits_k, bits_v, key_dim, value_dim=None, **spec):
+    return PageFormat(
+        make_codec(CodecSpec("scalar", key_dim, bits_k, **spec)),
+        make_codec(CodecSpec("scalar", value_dim or key_dim, bits_v, seed=1, **spec)),
+    )
+
+
+def draw(*shape, seed=0, dtype=DTYPE):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def filled(backend, page_format, batch, kv_heads, pages, first_token=0, edit=None):
+    """Encoded random pages, a history of them, and what core decodes, twice `[batch, heads, tokens, dim]`."""
+    dims = (page_format.key.spec.head_dim, page_format.value.spec.head_dim)
+    sides = [draw(batch * pages, kv_heads, 64, dim, seed=i) for i, dim in enumerate(dims)]
+    if edit is not None:
+        edit(*sides)
+    raw = torch.full(
+        (batch * pages, kv_heads, page_format.page_bytes), 0xFF, dtype=torch.uint8, device=DEVICE
+    )
+    backend.encode(*sides, page_format, raw)
+    ids = torch.arange(batch * pages, device=DEVICE).view(batch, pages)
+    addresses = torch.full((batch, pages + 2), -1, dtype=torch.int64, device=DEVICE)
+    addresses[:, :pages] = raw.data_ptr() + ids * raw.stride(0)
+    history = History(page_format, [raw], [0], ids.cpu().int().numpy(), addresses, first_token)
+    canonical = backend.to_canonical(raw, page_format)
+    decoded = []
+    for codec, part, dim in zip((page_format.key, page_format.value), canonical, dims, strict=True):
+        tokens = torch.from_numpy(codec.decode(part)).double().view(batch, pages, kv_heads, 64, dim)
+        decoded.append(tokens.transpose(1, 2).reshape(batch, kv_heads, -1, dim)[:, :, first_token:])
+    return raw, history, decoded
+
+
+def reference(query, keys, values, seen, scaling, softcap=None):
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (x.nan_to_num(0).repeat_interleave(group, 1) for x in (keys, values))
+    logits = query.double().cpu() @ keys.transpose(-1, -2) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~seen, -torch.inf)
+    lse = torch.logsumexp(logits, -1)
+    return (logits - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)).exp() @ values, lse
+
+
+def check(
+    backend, page_format, batch=1, kv_heads=2, group=2, new_tokens=1, pages=4, recent=5, sinks=0,
+    first_token=0, softcap=None, masked=False, edit=None, query_scale=1.0,
+):  # fmt: skip
+    dims = (page_format.key.spec.head_dim, page_format.value.spec.head_dim)
+    _, history, decoded = filled(backend, page_format, batch, kv_heads, pages, first_token, edit)
+    query = draw(batch, kv_heads * group, new_tokens, dims[0], seed=5) * query_scale
+    exact = [
+        ExactTokens(*(draw(batch, kv_heads, count, dim, seed=7 + i) for i, dim in enumerate(dims)))
+        for count in (sinks, recent)
+    ]
+    keys, values = (
+        torch.cat([exact[0][i].cpu().double(), decoded[i], exact[1][i].cpu().double()], 2) for i in range(2)
+    )
+    tokens = keys.shape[2]
+    index = torch.arange(tokens)
+    seen = (index <= torch.arange(tokens - new_tokens, tokens)[:, None])[None, None]
+    mask = None
+    if masked:
+        generator = torch.Generator().manual_seed(3)
+        seen = torch.rand(batch, kv_heads * group, new_tokens, tokens, generator=generator) < 0.7
+        seen[..., (keys.isnan().any(-1) | values.isnan().any(-1)).any(0).any(0)] = False
+        seen[0, 0, 0] = False
+        mask = seen.to(DEVICE)
+    scaling = dims[0] ** -0.5
+    result = backend.attend(query, history, exact[0] if sinks else None, exact[1], mask, scaling, softcap)
+    wanted, wanted_lse = reference(query, keys, values, seen, scaling, softcap)
+    assert ((result.out.cpu().double() - wanted).norm() / wanted.norm()).item() < TOLERANCE
+    known = wanted_lse > -torch.inf
+    lse = result.lse.cpu()
+    torch.testing.assert_close(lse[known].double(), wanted_lse[known], rtol=0, atol=2e-3)
+    assert (lse[~known] == -torch.inf).all() and (result.out.cpu()[~known] == 0).all()
+
+
+@pytest.mark.parametrize(("bits_k", "bits_v"), [(4, 2), (3, 4), (2, 3), (8, 5), (1, 8), (6, 1), (7, 4)])
+def test_every_width(triton_backend, bits_k, bits_v):
+    check(triton_backend, formats(bits_k, bits_v, 64), pages=2)
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(80, 80), (96, 64), (128, 128), (256, 256)])
+def test_head_dims(triton_backend, key_dim, value_dim):
+    check(triton_backend, formats(4, 3, key_dim, value_dim), pages=2)
+
+
+@pytest.mark.parametrize(("group", "new_tokens"), [(1, 1), (4, 1), (3, 3), (2, 16)])
+def test_groups_and_new_tokens(triton_backend, group, new_tokens):
+    check(triton_backend, formats(4, 2, 64), group=group, new_tokens=new_tokens, recent=20, pages=2)
+
+
+@pytest.mark.parametrize(("pages", "recent", "sinks"), [(0, 1, 0), (1, 33, 0), (5, 2, 33)])
+def test_lengths(triton_backend, pages, recent, sinks):
+    check(triton_backend, formats(4, 2, 64), batch=2, kv_heads=1, pages=pages, recent=recent, sinks=sinks)
+
+
+def test_softcap(triton_backend):
+    check(triton_backend, formats(4, 4, 64), softcap=20.0, query_scale=4.0)
+
+
+def test_mask_hides_even_nan(triton_backend):
+    def poison(keys, values):
+        keys[1, :, 3] = torch.nan
+        values[2, :, 5, 7] = torch.inf
+
+    check(triton_backend, formats(4, 4, 64), new_tokens=3, sinks=4, first_token=9, masked=True, edit=poison)
+
+
+def test_nan_in_sight_shows(triton_backend):
+    for side in (0, 1):
+
+        def poison(keys, values, side=side):
+            (keys, values)[side][1, 0, 3] = torch.nan
+
+        _, history, _ = filled(triton_backend, formats(4, 4, 64), 1, 2, 3, edit=poison)
+        recent = ExactTokens(draw(1, 2, 1, 64), draw(1, 2, 1, 64))
+        out = triton_backend.attend(draw(1, 4, 1, 64), history, None, recent, None, 0.125).out
+        assert out[:, :2].isnan().all() and not out[:, 2:].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("bits_k", "bits_v", "dim"), [(4, 2, 128), (3, 8, 80), (5, 1, 64)])
+def test_codes_are_those_of_core(triton_backend, bits_k, bits_v, dim, dtype):
+    page_format = formats(bits_k, bits_v, dim)
+    sides = [draw(2, 2, 64, dim, seed=i, dtype=torch.float32) for i in range(2)]
+    for x in sides:
+        x[0, 0, 0] = 0
+        x[0, 0, 1] *= 1e-30 if dtype != torch.float16 else 1e-3
+        x[0, 0, 2] *= 1e30 if dtype != torch.float16 else 1e3
+        x[0, 0, 3, 5] = torch.nan
+        x[0, 0, 4, 7] = -torch.inf
+    sides = [x.to(dtype) for x in sides]
+    out = torch.full((2, 2, page_format.page_bytes), 0xFF, dtype=torch.uint8, device=DEVICE)
+    triton_backend.encode(*sides, page_format, out)
+    got = triton_backend.to_canonical(out, page_format)
+    for codec, part, vectors in zip((page_format.key, page_format.value), got, sides, strict=True):
+        wanted = codec.encode(vectors.float().cpu().numpy())
+        mine, right = (unpack(e.codes, codec.spec.bits, dim).astype(int) for e in (part, wanted))
+        apart = mine != right
+        assert apart.sum() < 5 and np.abs(mine - right).max() <= 1
+        whole = ~apart.any(-1)
+        np.testing.assert_array_equal(part.scales[whole] == 0x7FC0, wanted.scales[whole] == 0x7FC0)
+        steps = np.abs(part.scales[whole].astype(int) - wanted.scales[whole].astype(int))
+        assert steps.max() <= 1 and (steps > 0).mean() < 2e-2
+    decoded = triton_backend.decode(out, page_format, torch.float32)
+    for codec, part, mine in zip((page_format.key, page_format.value), got, decoded, strict=True):
+        wanted = torch.from_numpy(codec.decode(part))
+        size = wanted.nan_to_num(0).abs().amax(-1, keepdim=True)
+        assert ((mine.cpu() - wanted).abs().nan_to_num(0) <= 3e-6 * size).all()
+        assert (mine.cpu().isnan() == wanted.isnan()).all()
+
+
+def test_pages_come_back_bit_exact(triton_backend):
+    page_format = formats(3, 5, 80)
+    raw = torch.randint(0, 256, (3, 2, page_format.page_bytes), dtype=torch.uint8)
+    back = triton_backend.from_canonical(triton_backend.to_canonical(raw, page_format), page_format)
+    np.testing.assert_array_equal(back, raw.numpy())
+
+
+def test_refusals_say_why(triton_backend):
+    assert triton_backend.refuses(formats(4, 2, 128), DEVICE, "bfloat16") is None
+    assert "float32" in triton_backend.refuses(formats(4, 2, 128), DEVICE, "float32")
+    assert "head_dim 72" in triton_backend.refuses(formats(4, 2, 72), DEVICE, "bfloat16")
