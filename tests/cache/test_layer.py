@@ -247,3 +247,14 @@ def test_wrong_tokens_are_refused_by_name(filled_layer, random_tokens):
         layer.crop(11)
     with pytest.raises(ConfigError, match="device='cuda'"):
         CompressedLayer(CacheConfig(device="cuda")).append(keys, values)
+
+
+def test_huge_finite_tokens_are_no_error():
+    """Sums that overflow are not taken for NaN or inf."""
+    for dtype, huge in ((torch.float16, 65504.0), (torch.float32, 3e37)):
+        layer = CompressedLayer(CacheConfig())
+        tokens = torch.full((1, 1, 64, 16), huge, dtype=dtype)
+        layer.append(tokens, tokens)
+        held = layer.view().materialize()
+        assert torch.isfinite(held.keys).all()
+        assert ((held.keys.double() - huge).abs() / huge).max() < 0.5

@@ -45,6 +45,11 @@ class _Divisor(ctypes.Structure):
     _fields_ = [("factor", ctypes.c_uint32), ("shift", ctypes.c_uint32)]
 
 
+@lru_cache(maxsize=1024)
+def _divisor(divisor: int) -> _Divisor:
+    return _Divisor(*division(divisor))
+
+
 def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names]
 
@@ -96,24 +101,29 @@ class Workspace:
         return self.partial.numel() >= floats and self.counters.numel() >= segments
 
 
-# Workspaces are never freed: a captured graph may hold their addresses.
-_WORKSPACES: dict[tuple[int, int], list[Workspace]] = {}
+# Workspaces are never freed: a captured graph may hold their addresses. Calls of one stream follow one
+# another and share one; all captured graphs share one too, so they must not be replayed at the same time.
+_WORKSPACES: dict[tuple[torch.device, int], Workspace] = {}
+_CAPTURED = -1
+LEAST_FLOATS = 1 << 19
+LEAST_SEGMENTS = 1 << 16
 
 
 def _workspace(device: torch.device, stream: int, floats: int, segments: int) -> Workspace:
-    if torch.cuda.is_current_stream_capturing():
-        for kept in _WORKSPACES.values():
-            if kept and kept[-1].partial.device == device and kept[-1].holds(floats, segments):
-                break
-        else:
-            # Belongs to the graph: its zeroing is replayed with it.
-            return Workspace(device, floats, segments)
-    kept = _WORKSPACES.setdefault((device.index or 0, stream), [])
-    if not kept or not kept[-1].holds(floats, segments):
-        if torch.cuda.is_current_stream_capturing():
-            return Workspace(device, floats, segments)
-        kept.append(Workspace(device, max(floats, 1 << 18), max(2 * segments, 1 << 14)))
-    return kept[-1]
+    captured = torch.cuda.is_current_stream_capturing()
+    key = (device, _CAPTURED if captured else stream)
+    found = _WORKSPACES.get(key)
+    if found is not None and found.holds(floats, segments):
+        return found
+    made = Workspace(device, max(floats, LEAST_FLOATS), max(2 * segments, LEAST_SEGMENTS))
+    if not captured:  # one made under capture belongs to its graph, which zeroes it at every replay
+        if found is not None:
+            _OUTGROWN.append(found)
+        _WORKSPACES[key] = made
+    return made
+
+
+_OUTGROWN: list[Workspace] = []
 
 
 class _Prepared:
@@ -139,16 +149,32 @@ class _Prepared:
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self.shared_limit = shared_memory_bytes(device.index or 0)
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
+        self._shapes: dict[int, Shape] = {}
+        self._shared: dict[tuple[Shape, int], int] = {}
+        if (device, _CAPTURED) not in _WORKSPACES:
+            _WORKSPACES[device, _CAPTURED] = Workspace(device, LEAST_FLOATS, LEAST_SEGMENTS)
+        self.value_dim = page_format.value.spec.head_dim
 
     def _keep(self, tensor: torch.Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
     def shape(self, batch: int) -> Shape:
-        shape = choose_shape(self.format, self.shared_limit, batch)
-        if shape is None:
-            raise BackendError(f"a page of {self.format.page_bytes} bytes does not fit into shared memory")
-        return shape
+        found = self._shapes.get(batch)
+        if found is None:
+            found = choose_shape(self.format, self.shared_limit, batch)
+            if found is None:
+                raise BackendError(
+                    f"a page of {self.format.page_bytes} bytes does not fit into shared memory"
+                )
+            self._shapes[batch] = found
+        return found
+
+    def shared(self, shape: Shape, batch: int) -> int:
+        found = self._shared.get((shape, batch))
+        if found is None:
+            found = self._shared[shape, batch] = attention_shared_bytes(self.format, shape, batch)
+        return found
 
     def kernel(
         self, shape: Shape, softcap: bool, masked: bool, out: torch.dtype, shared_bytes: int
@@ -235,7 +261,7 @@ def attend_pages(
     kv_heads = exact.keys.shape[1]
     group = query_heads // kv_heads
     col_groups = -(-group * new_tokens // COLUMNS)
-    dim = page_format.value.spec.head_dim
+    dim = ready.value_dim
     out = torch.empty(batch, query_heads, new_tokens, dim, dtype=out_dtype or query.dtype, device=device)
     lse = torch.empty(batch, query_heads, new_tokens, dtype=torch.float32, device=device)
     params = _Params.from_buffer_copy(ready.params)
@@ -287,9 +313,9 @@ def attend_pages(
         ("by_group", group),
         ("by_grid", grid),
     ):
-        setattr(params, name, _Divisor(*division(divisor)))
+        setattr(params, name, _divisor(divisor))
     shape = shape or ready.shape(batch)
-    shared = attention_shared_bytes(page_format, shape, batch)
+    shared = ready.shared(shape, batch)
     launcher = ready.kernel(shape, softcap is not None, mask is not None, out.dtype, shared)
     stream = torch.cuda.current_stream(device).cuda_stream
     workspace = _workspace(device, stream, grid * 2 * COLUMNS * (dim + 2), segments)

@@ -24,13 +24,12 @@ def _codes(page, at, token, dim, row_bytes, DIM: tl.constexpr, BITS: tl.constexp
     code = tl.zeros((token * 0 + dim * 0).shape, dtype=tl.int32)
     base = page + at + token * row_bytes
     for index in tl.static_range(4):
-        width: tl.constexpr = 8 >> index
-        if BITS & width:
-            # planes before this one are wider: their bits are BITS's upper binary digits
-            before: tl.constexpr = BITS // (2 * width) * (2 * width)
-            offset = DIM * before // 8 + dim * width // 8
+        if BITS & (8 >> index):
+            # The plane of W = 8 >> index bits; planes before it are wider: their bits are BITS // 2W * 2W.
+            offset = DIM * (BITS // (16 >> index) * (16 >> index)) // 8 + dim * (8 >> index) // 8
             byte = tl.load(base + offset, mask=mask, other=0).to(tl.int32)
-            code |= ((byte >> (dim * width % 8)) & ((1 << width) - 1)) << before
+            part = (byte >> (dim * (8 >> index) % 8)) & ((1 << (8 >> index)) - 1)
+            code |= part << (BITS // (16 >> index) * (16 >> index))
     return code
 
 
@@ -251,8 +250,8 @@ def merge_splits(
         total = total * fade + tl.load(stats + place * 2 + 1) * gain
         acc = acc * fade[:, None] + tl.load(partial + place[:, None] * DVP + dv[None, :]) * gain[:, None]
         top = higher
-    inside = (dv[:, None] < DV) & (dv[None, :] < DV)
-    r = tl.load(rotation + dv[:, None] * DV + dv[None, :], mask=inside, other=0.0)
+    square = (dv[:, None] < DV) & (dv[None, :] < DV)
+    r = tl.load(rotation + dv[:, None] * DV + dv[None, :], mask=square, other=0.0)
     acc = tl.dot(acc, r, input_precision="ieee")
     q_row = batch * q_b + (head * group + row % group) * q_h + (row // group) * q_t
     q = tl.load(query + q_row[:, None] + dk[None, :], mask=real[:, None] & (dk[None, :] < DK), other=0.0).to(
@@ -347,13 +346,12 @@ def encode_rows(
     code = tl.zeros((TOKENS, DIMP), tl.int32)
     # binary search: the number of boundaries at or below
     for bit in tl.static_range(BITS):
-        step: tl.constexpr = 1 << (BITS - 1 - bit)
-        code += tl.where(unit >= tl.load(boundaries + code + step - 1), step, 0)
+        half = tl.load(boundaries + code + ((1 << (BITS - 1 - bit)) - 1))
+        code += tl.where(unit >= half, 1 << (BITS - 1 - bit), 0)
     level = tl.where(d[None, :] < DIM, tl.load(centroids + code), 0.0)
     scale = norm if NORM_SCALE else tl.sum(y * level, 1) / tl.sum(level * level, 1)
     # bfloat16, nearest, ties to even; beyond its largest number, that
-    half = 0.5 * scale
-    scaled = tl.minimum(half * safe, 1.694738e38) * 2.0
+    scaled = tl.minimum(0.5 * scale * safe, 1.694738e38) * 2.0
     bits = tl.minimum(scaled, 3.3895313892515355e38).to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     bits = tl.where(bits > 0x7F7F, 0x7F7F, bits)
@@ -363,20 +361,17 @@ def encode_rows(
     code = tl.where(finite[:, None] & (d[None, :] < DIM), code, 0)
     row = base + codes_at + token * (DIM * BITS // 8)
     for index in tl.static_range(4):
-        width: tl.constexpr = 8 >> index
-        if BITS & width:
-            before: tl.constexpr = BITS // (2 * width) * (2 * width)
-            per_byte: tl.constexpr = 8 // width
-            part = (code >> before) & ((1 << width) - 1)
-            shifts = tl.arange(0, per_byte) * width
-            packed = tl.sum(
-                tl.reshape(part, (TOKENS, DIMP // per_byte, per_byte)) << shifts[None, None, :], 2
-            )
-            j = tl.arange(0, DIMP // per_byte)
+        if BITS & (8 >> index):
+            # as in `_codes`; 1 << index codes share a byte
+            before = BITS // (16 >> index) * (16 >> index)
+            part = (code >> before) & ((1 << (8 >> index)) - 1)
+            shifts = tl.arange(0, 1 << index) * (8 >> index)
+            parts = tl.reshape(part, (TOKENS, DIMP >> index, 1 << index))
+            packed = tl.sum(parts << shifts[None, None, :], 2)
+            j = tl.arange(0, DIMP >> index)
+            at = DIM * (BITS // (16 >> index) * (16 >> index)) // 8 + j
             tl.store(
-                row[:, None] + DIM * before // 8 + j[None, :],
-                packed.to(tl.uint8),
-                mask=j[None, :] < DIM * width // 8,
+                row[:, None] + at[None, :], packed.to(tl.uint8), mask=j[None, :] < DIM * (8 >> index) // 8
             )
 
 
