@@ -1,4 +1,4 @@
-"""Writes the generated documentation: docs/cli.md whole, and the parts of README.md between markers.
+"""Writes the generated documentation: docs/cli.md whole, and the parts of documents between markers.
 
     python scripts/generate_docs.py            write
     python scripts/generate_docs.py --check    write nothing; exit 1 and name the files that would change
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md",)
+DOCUMENTS = ("README.md", "docs/performance-cpu.md")
 CLI = "docs/cli.md"
 PICTURE = "docs/images/demo.svg"
 
@@ -170,6 +170,64 @@ def speed_table(root: Path) -> str:
     return "\n".join(lines)
 
 
+def cpu_attention_table(root: Path) -> str:
+    """Time of one step of attention on the CPU, packed codes against the fastest torch formulation."""
+    result = _result(root, "cpu_attention")
+    if result is None:
+        return "No result is committed yet; `python benchmarks/cpu_attention.py` writes it."
+    paths = [f"{isa} {bits}" for isa in ("avx512", "avx2") for bits in ("K4/V4", "K4/V2", "K3/V3")]
+    lines = [
+        "| tokens | fastest torch | " + " | ".join(paths) + " |",
+        "|---|---|" + "---|" * len(paths),
+    ]
+    for tokens, rows in result["lengths"].items():
+        of_torch = {name: row for name, row in rows.items() if name.startswith("torch")}
+        fastest = min(of_torch, key=lambda name: of_torch[name]["median_ms"])
+        cells = [f"{of_torch[fastest]['median_ms']:.2f} ({fastest.removeprefix('torch ')})"]
+        for path in paths:
+            row = rows[f"native {path}"]
+            cells.append(f"{row['median_ms']:.2f} ({row['times_faster_than_fastest_torch']:.1f}x)")
+        lines.append(f"| {tokens} | {' | '.join(cells)} |")
+    worst = max(
+        row["relative_error"]
+        for rows in result["lengths"].values()
+        for name, row in rows.items()
+        if name.startswith("native")
+    )
+    machine, read = result["machine"], result["read_bytes_per_s"] / 1e9
+    lines += [
+        "",
+        f"Median milliseconds, and how many times faster than the fastest torch formulation of the same run. "
+        f"Largest relative L2 error of a packed path: {worst:.0e}. {machine['cpu']}, {machine['threads']} "
+        f"threads, torch {result['versions']['torch']}; memory reads at {read:.1f} GB/s in the same run.",
+    ]
+    return "\n".join(lines)
+
+
+def cpu_generate_table(root: Path) -> str:
+    """`generate` end to end on the CPU, against DynamicCache."""
+    result = _result(root, "cpu_generate")
+    if result is None:
+        return "No result is committed yet; `python benchmarks/cpu_generate.py` writes it."
+    lines = [
+        "| prompt tokens | cache | ms per token | tokens per second | time to first token |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        name = "dynamic" if row["cache"] == "DynamicCache" else row["cache"]
+        lines.append(
+            f"| {row['prompt_tokens']} | {_cache_name(name)} | {row['token_ms']:.1f} "
+            f"| {row['tokens_per_second_ratio']:.2f}x | {row['prefill_time_ratio']:.2f}x |"
+        )
+    lines += [
+        "",
+        f"`model.generate`, greedy, {result['rows'][0]['new_tokens']} new tokens, embedded model in float32; "
+        f"ratios to DynamicCache of the same round. {result['cpu']}, {result['cpus']} cores; "
+        f"{result['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
 def _cache_name(name: str) -> str:
     if name == "dynamic":
         return "uncompressed (DynamicCache)"
@@ -198,6 +256,8 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "picture": picture,
     "quality": quality_table,
     "speed": speed_table,
+    "cpu-attention": cpu_attention_table,
+    "cpu-generate": cpu_generate_table,
 }
 
 if __name__ == "__main__":
