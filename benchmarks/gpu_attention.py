@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tqai.core.page import PAGE_TOKENS, PageFormat
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 SCALING = DIM**-0.5
-CASES = tuple((batch, length) for batch in (1, 8) for length in (4096, 32768, 131072))
+BATCHES = (1, 8)
 PAIRS = ((4, 2), (4, 4), (3, 3), (8, 8))
 TOLERANCE = 2e-3
 ROUNDED_TOLERANCE = 3e-3
@@ -173,6 +174,7 @@ def backends(names: str) -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", default="cuda")
+    parser.add_argument("--lengths", default="4096,32768,131072", help="tokens, in turn for batch 1 and 8")
     parser.add_argument("--commit")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_attention.json")
     arguments = parser.parse_args()
@@ -182,7 +184,8 @@ def main() -> None:
     torch.cuda.empty_cache()
     print(f"copy {bandwidth / 1e12:.2f} TB/s")
     rows: list[dict[str, Any]] = []
-    for batch, length in CASES:
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    for batch, length in product(BATCHES, lengths):
         sdpa = sdpa_times(batch, length)
         torch.cuda.empty_cache()
         fastest = {kind: min(t[kind] for t in sdpa.values()) for kind in ("graph_us", "eager_us")}

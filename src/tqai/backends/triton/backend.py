@@ -79,7 +79,7 @@ class TritonBackend:
                 vectors, out, tables.forward, tables.boundaries, tables.centroids, heads,
                 page_format.page_bytes, codes_at, scales_at, *vectors.stride()[:3],
                 DIM=dim, DIMP=_padded(dim), BITS=codec.spec.bits, TOKENS=ENCODE_TOKENS,
-                NORM_SCALE=codec.spec.scale == "norm",
+                NORM_SCALE=codec.spec.scale == "norm", PRECISION=_precision(),
             )  # fmt: skip
 
     def decode(self, raw: Tensor, page_format: PageFormat, dtype: torch.dtype) -> ExactTokens:
@@ -123,7 +123,7 @@ class TritonBackend:
         splits = _splits(query.device, batch * kv_heads, history.pages)
         shape = {
             "DK": dim, "DV": value_dim, "DKP": _padded(dim), "DVP": _padded(value_dim), "ROWS": row_tile,
-            "MASKED": mask is not None, "SOFTCAP": softcap is not None,
+            "MASKED": mask is not None, "SOFTCAP": softcap is not None, "num_stages": 1,
         }  # fmt: skip
         partial = torch.empty(
             batch * kv_heads * splits * row_tile, shape["DVP"], dtype=torch.float32, device=query.device
@@ -135,19 +135,21 @@ class TritonBackend:
         mask_strides = (0, 0, 0, 0) if mask is None else _mask_strides(mask)
         sink_tokens = sinks.keys.shape[2] if sinks is not None else 0
         if splits:
+            scaled = query.float() * scaling
+            rotated = (scaled @ key.forward).view(batch, kv_heads, group, new_tokens, dim)
+            rotated = rotated.transpose(2, 3).contiguous()
             kernels.attend_split[(batch * kv_heads, splits)](
-                history.addresses, history.addresses.stride(0), query, masked, partial, stats, key.forward,
-                key.centroids, value.centroids, page_format.page_bytes, page_format.key_scales_at,
-                page_format.value_codes_at, page_format.value_scales_at, history.pages, history.first_token,
-                sink_tokens, kv_heads, group, rows, splits, *query.stride()[:3], *mask_strides, scaling,
-                softcap or 1.0, *key.polynomial, *value.polynomial,
+                history.addresses, history.addresses.stride(0), rotated, masked, partial, stats,
+                key.centroids, value.centroids, page_format.page_bytes, page_format.key_scales_at, page_format.value_codes_at,
+                page_format.value_scales_at, history.pages, history.first_token, sink_tokens, kv_heads, group,
+                rows, splits, *mask_strides, softcap or 1.0, *key.polynomial, *value.polynomial,
                 BITS_K=page_format.key.spec.bits, BITS_V=page_format.value.spec.bits, **shape,
             )  # fmt: skip
         kernels.merge_splits[(batch * kv_heads,)](
             query, *exact, masked, partial, stats, value.back, out, lse, history.tokens, sink_tokens,
             recent.keys.shape[2], kv_heads, group, rows, new_tokens, splits, *query.stride()[:3],
             *(stride for part in exact for stride in part.stride()[:3]), *mask_strides, scaling,
-            softcap or 1.0, **shape,
+            softcap or 1.0, PRECISION=_precision(), **shape,
         )  # fmt: skip
         return Attended(out, lse)
 
@@ -174,7 +176,7 @@ class TritonBackend:
                 kernels.decode_rows[(raw.shape[0], PAGE_TOKENS // ENCODE_TOKENS)](
                     raw, out, tables.back, tables.centroids, page_format.page_bytes, codes_at, scales_at,
                     torch.finfo(dtype).max, DIM=dim, DIMP=_padded(dim), BITS=codec.spec.bits,
-                    TOKENS=ENCODE_TOKENS,
+                    TOKENS=ENCODE_TOKENS, PRECISION=_precision(),
                 )  # fmt: skip
             found.append(out)
         return found[0], found[1]
@@ -195,6 +197,11 @@ class _Tables:
 @lru_cache(maxsize=64)
 def _tables(spec: CodecSpec, device: torch.device) -> _Tables:
     return _Tables(make_codec(spec), device)
+
+
+def _precision() -> str:
+    """Of float32 products: three TF32 products on NVIDIA's tensor cores come close to float32's rounding."""
+    return "ieee" if torch.version.cuda is None else "tf32x3"
 
 
 def _padded(number: int) -> int:

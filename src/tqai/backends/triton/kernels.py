@@ -19,17 +19,36 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _codes(page, at, token, dim, row_bytes, DIM: tl.constexpr, BITS: tl.constexpr, mask):
-    """Codes of `token` x `dim` of a page side, int32; planes of 8, 4, 2 and 1 bits."""
-    code = tl.zeros((token * 0 + dim * 0).shape, dtype=tl.int32)
-    base = page + at + token * row_bytes
-    for index in tl.static_range(4):
-        if BITS & (8 >> index):
-            # The plane of W = 8 >> index bits; planes before it are wider: their bits are BITS // 2W * 2W.
-            offset = DIM * (BITS // (16 >> index) * (16 >> index)) // 8 + dim * (8 >> index) // 8
-            byte = tl.load(base + offset, mask=mask, other=0).to(tl.int32)
-            part = (byte >> (dim * (8 >> index) % 8)) & ((1 << (8 >> index)) - 1)
-            code |= part << (BITS // (16 >> index) * (16 >> index))
+def _codes(side, token, DIM: tl.constexpr, DIMP: tl.constexpr, BITS: tl.constexpr):
+    """Codes int32 `[token, DIMP]` of one side of a page; planes of 8, 4, 2 and 1 bits.
+
+    The plane of W = 8 >> index bits: those before it are wider, their bits are BITS // 2W * 2W.
+    """
+    row = side + token[:, None] * (DIM * BITS // 8)
+    if DIM == DIMP:
+        # whole bytes by the row, each spread over the codes that it holds
+        for index in tl.static_range(4):
+            if BITS & (8 >> index):
+                j = tl.arange(0, DIMP >> index)
+                byte = tl.load(row + DIM * (BITS // (16 >> index) * (16 >> index)) // 8 + j[None, :]).to(
+                    tl.int32
+                )
+                shifts = tl.arange(0, 1 << index) * (8 >> index)
+                part = (byte[:, :, None] >> shifts[None, None, :]) & ((1 << (8 >> index)) - 1)
+                part = tl.reshape(part, (token.shape[0], DIMP)) << (BITS // (16 >> index) * (16 >> index))
+                if (16 >> index) > BITS:
+                    code = part
+                else:
+                    code |= part
+    else:
+        dim = tl.arange(0, DIMP)[None, :]
+        code = tl.zeros((token.shape[0], DIMP), dtype=tl.int32)
+        for index in tl.static_range(4):
+            if BITS & (8 >> index):
+                at = DIM * (BITS // (16 >> index) * (16 >> index)) // 8 + dim * (8 >> index) // 8
+                byte = tl.load(row + at, mask=dim < DIM, other=0).to(tl.int32)
+                part = (byte >> (dim * (8 >> index) % 8)) & ((1 << (8 >> index)) - 1)
+                code |= part << (BITS // (16 >> index) * (16 >> index))
     return code
 
 
@@ -71,7 +90,6 @@ def attend_split(
     mask,
     partial,
     stats,
-    rotation,
     table_k,
     table_v,
     page_bytes,
@@ -85,14 +103,10 @@ def attend_split(
     group,
     rows,
     splits,
-    q_b,
-    q_h,
-    q_t,
     m_b,
     m_h,
     m_t,
     m_k,
-    scaling,
     softcap,
     ka,
     kb,
@@ -125,15 +139,9 @@ def attend_split(
     dv = tl.arange(0, DVP)
     token = tl.arange(0, PAGE_TOKENS)
     real = row < rows
-    q_row = batch * q_b + (head * group + row % group) * q_h + (row // group) * q_t
-    q = tl.load(query + q_row[:, None] + dk[None, :], mask=real[:, None] & (dk[None, :] < DK), other=0.0).to(
-        tl.float32
-    )
-    # rotation is R transposed, so that a row vector is multiplied from the left
-    r = tl.load(
-        rotation + dk[:, None] * DK + dk[None, :], mask=(dk[:, None] < DK) & (dk[None, :] < DK), other=0.0
-    )
-    q = tl.dot(q, r, input_precision="ieee") * scaling
+    # the queries come rotated and scaled, float32 `[batch * kv_heads, rows, DK]`
+    q_at = (tl.program_id(0) * rows + row)[:, None] * DK + dk[None, :]
+    q = tl.load(query + q_at, mask=real[:, None] & (dk[None, :] < DK), other=0.0)
     # float16 holds what is scaled to 1
     most = tl.max(tl.abs(q), 1)
     most = tl.where(most > 0.0, most, 1.0)
@@ -141,12 +149,10 @@ def attend_split(
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DVP), tl.float32)
-    row_bytes_k = DK * BITS_K // 8
-    row_bytes_v = DV * BITS_V // 8
     for index in range(split, pages, splits):
         page = tl.load(addresses + batch * address_stride + index) + head.to(tl.int64) * page_bytes
-        page = page.to(tl.pointer_type(tl.uint8))
-        code = _codes(page, 0, token[:, None], dk[None, :], row_bytes_k, DK, BITS_K, dk[None, :] < DK)
+        page = tl.multiple_of(page, 16).to(tl.pointer_type(tl.uint8))
+        code = _codes(page, token, DK, DKP, BITS_K)
         k = _levels(code, table_k, BITS_K, ka, kb, kc, kd, ke, kf)
         k = tl.where(dk[None, :] < DK, k, 0.0).to(tl.float16)
         logits = tl.dot(q, tl.trans(k)) * most[:, None] * _scales(page, key_scales_at, token)[None, :]
@@ -166,9 +172,7 @@ def attend_split(
         weight = tl.where(seen, weight * _scales(page, value_scales_at, token)[None, :], 0.0)
         largest = tl.max(weight, 1)
         unit = tl.where(largest > 0.0, largest, 1.0)
-        code = _codes(
-            page, value_codes_at, token[:, None], dv[None, :], row_bytes_v, DV, BITS_V, dv[None, :] < DV
-        )
+        code = _codes(page + value_codes_at, token, DV, DVP, BITS_V)
         v = _levels(code, table_v, BITS_V, va, vb, vc, vd, ve, vf).to(tl.float16)
         part = tl.dot((weight / unit[:, None]).to(tl.float16), v) * unit[:, None]
         acc = acc * fade[:, None] + part
@@ -228,6 +232,7 @@ def merge_splits(
     ROWS: tl.constexpr,
     MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One program per sequence and KV head: splits, rotated back, with sinks and recent tokens in float32."""
     batch = tl.program_id(0) // kv_heads
@@ -252,7 +257,7 @@ def merge_splits(
         top = higher
     square = (dv[:, None] < DV) & (dv[None, :] < DV)
     r = tl.load(rotation + dv[:, None] * DV + dv[None, :], mask=square, other=0.0)
-    acc = tl.dot(acc, r, input_precision="ieee")
+    acc = tl.dot(acc, r, input_precision=PRECISION)
     q_row = batch * q_b + (head * group + row % group) * q_h + (row // group) * q_t
     q = tl.load(query + q_row[:, None] + dk[None, :], mask=real[:, None] & (dk[None, :] < DK), other=0.0).to(
         tl.float32
@@ -270,7 +275,7 @@ def merge_splits(
             value_at = recent_values + batch * rv_b + head * rv_h + t * rv_t
         k = tl.load(key_at[:, None] + dk[None, :], mask=inside[:, None] & (dk[None, :] < DK), other=0.0)
         v = tl.load(value_at[:, None] + dv[None, :], mask=inside[:, None] & (dv[None, :] < DV), other=0.0)
-        logits = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee") * scaling
+        logits = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision=PRECISION) * scaling
         logits = _capped(logits, SOFTCAP, softcap)
         seen = inside[None, :] & real[:, None]
         if MASKED:
@@ -288,7 +293,7 @@ def merge_splits(
         used = tl.max(seen.to(tl.int32), 0) > 0
         v = tl.where(used[:, None], v.to(tl.float32), 0.0)
         total = total * fade + tl.sum(weight, 1)
-        acc = acc * fade[:, None] + tl.dot(weight, v, input_precision="ieee")
+        acc = acc * fade[:, None] + tl.dot(weight, v, input_precision=PRECISION)
         top = higher
     result = tl.where(total[:, None] == 0.0, 0.0, acc / total[:, None])
     o_row = ((batch * kv_heads + head) * group + row % group) * new_tokens + row // group
@@ -319,6 +324,7 @@ def encode_rows(
     BITS: tl.constexpr,
     TOKENS: tl.constexpr,
     NORM_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One program: TOKENS vectors of one page and head, rotated, scaled, quantized and packed."""
     page = tl.program_id(0) // heads
@@ -340,7 +346,7 @@ def encode_rows(
     r = tl.load(
         rotation + d[:, None] * DIM + d[None, :], mask=(d[:, None] < DIM) & (d[None, :] < DIM), other=0.0
     )
-    y = tl.dot(x, r, input_precision="ieee")
+    y = tl.dot(x, r, input_precision=PRECISION)
     norm = tl.sqrt(tl.sum(y * y, 1))
     unit = y / tl.where(norm > 0.0, norm, 1.0)[:, None]
     code = tl.zeros((TOKENS, DIMP), tl.int32)
@@ -389,17 +395,18 @@ def decode_rows(
     DIMP: tl.constexpr,
     BITS: tl.constexpr,
     TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One program: TOKENS vectors of one page, in the original space."""
     page = pages + tl.program_id(0).to(tl.int64) * page_bytes
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, DIMP)
-    code = _codes(page, codes_at, token[:, None], d[None, :], DIM * BITS // 8, DIM, BITS, d[None, :] < DIM)
+    code = _codes(page + codes_at, token, DIM, DIMP, BITS)
     level = tl.where(d[None, :] < DIM, tl.load(centroids + code), 0.0)
     r = tl.load(
         rotation + d[:, None] * DIM + d[None, :], mask=(d[:, None] < DIM) & (d[None, :] < DIM), other=0.0
     )
-    x = tl.dot(level, r, input_precision="ieee") * _scales(page, scales_at, token)[:, None]
+    x = tl.dot(level, r, input_precision=PRECISION) * _scales(page, scales_at, token)[:, None]
     x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
     place = (tl.program_id(0).to(tl.int64) * PAGE_TOKENS + token)[:, None] * DIM + d[None, :]
     tl.store(out + place, x.to(out.dtype.element_ty), mask=d[None, :] < DIM)
