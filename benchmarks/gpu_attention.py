@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import L2_ROTATION_BYTES, copy_bandwidth, eager_us, gpu_provenance, graph_us
+from gpu_timing import L2_ROTATION_BYTES, eager_us, gpu_provenance, graph_us, read_rate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tqai.backends.base import ExactTokens, History
@@ -180,9 +180,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     served = backends(arguments.backends)
-    bandwidth = copy_bandwidth()
+    rate = read_rate()
     torch.cuda.empty_cache()
-    print(f"copy {bandwidth / 1e12:.2f} TB/s")
+    print(f"reading {rate / 1e12:.2f} TB/s")
     rows: list[dict[str, Any]] = []
     lengths = [int(length) for length in arguments.lengths.split(",")]
     for batch, length in product(BATCHES, lengths):
@@ -201,15 +201,15 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 row["speedup_graph"] = fastest["graph_us"] / row["graph_us"]
                 row["speedup_eager"] = fastest["eager_us"] / row["eager_us"]
-                row["of_copy_bandwidth"] = row["bytes_per_s"] / bandwidth
+                row["of_read_rate"] = row["bytes_per_s"] / rate
                 rows.append(row)
                 name = f"B{batch} {length:6d} {backend.name:6} K{bits_k}/V{bits_v}"
                 print(
                     f"{name} graph {row['graph_us']:7.1f} ({row['speedup_graph']:.2f}x) eager "
-                    f"{row['eager_us']:7.1f} ({row['speedup_eager']:.2f}x) {row['of_copy_bandwidth']:.0%} "
+                    f"{row['eager_us']:7.1f} ({row['speedup_eager']:.2f}x) {row['of_read_rate']:.0%} "
                     f"error {row['error']:.1e} bf16 {row['error_bfloat16']:.1e}"
                 )
-    report = {"where": gpu_provenance(arguments.commit), "copy_bytes_per_s": bandwidth, "rows": rows}
+    report = {"where": gpu_provenance(arguments.commit), "read_bytes_per_s": rate, "rows": rows}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 

@@ -75,10 +75,11 @@ def main() -> None:
                 "codes_apart": share,
             }
             rows.append(row)
+            rate = row["input_bytes_per_s"] / 1e12
             print(
-                f"{backend.name:6} K{bits_k}/V{bits_v} {time_us:8.1f} us, {row['input_bytes_per_s'] / 1e12:.2f} "
-                f"TB/s of input, {row['of_copy_bandwidth']:.0%} of copy, apart {share:.1e}"
+                f"{backend.name:6} K{bits_k}/V{bits_v} {time_us:8.1f} us, {rate:.2f} TB/s of input,", end=" "
             )
+            print(f"{row['of_copy_bandwidth']:.0%} of copy, apart {share:.1e}")
     report = {"where": gpu_provenance(arguments.commit), "copy_bytes_per_s": bandwidth, "rows": rows}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from provenance import provenance
 
-__all__ = ["copy_bandwidth", "eager_us", "gpu_provenance", "graph_us"]
+__all__ = ["copy_bandwidth", "eager_us", "gpu_provenance", "graph_us", "read_rate"]
 
 L2_ROTATION_BYTES = 300_000_000
 """Calls rotate among inputs of at least so many bytes in all, several times the L2 cache."""
@@ -57,10 +58,24 @@ def eager_us(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of a large copy on the device, counting bytes read and bytes written."""
-    source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda")
+    """Bytes per second of a large copy by a kernel, counting bytes read and bytes written."""
+    source = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / (graph_us([lambda: target.copy_(source)], replays=5) * 1e-6)
+    # Not copy_: captured in a graph that is a memcpy node, which is a third slower than a kernel.
+    return 8 * source.numel() / (graph_us([lambda: torch.neg(source, out=target)], replays=5) * 1e-6)
+
+
+def read_rate() -> float:
+    """Bytes per second at which torch's decode attention reads 4.3 GB of bfloat16 keys and values.
+
+    A kernel that reads much and writes next to nothing: the memory rate to hold decode kernels against.
+    """
+    keys, values = (torch.randn(8, 8, 131072, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    query = torch.randn(8, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+    time_us = graph_us(
+        [lambda: F.scaled_dot_product_attention(query, keys, keys, enable_gqa=True)], replays=5
+    )
+    return 4 * keys.numel() / (time_us * 1e-6)
 
 
 def gpu_provenance(commit: str | None) -> dict[str, Any]:

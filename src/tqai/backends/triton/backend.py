@@ -140,7 +140,8 @@ class TritonBackend:
             rotated = rotated.transpose(2, 3).contiguous()
             kernels.attend_split[(batch * kv_heads, splits)](
                 history.addresses, history.addresses.stride(0), rotated, masked, partial, stats,
-                key.centroids, value.centroids, page_format.page_bytes, page_format.key_scales_at, page_format.value_codes_at,
+                key.centroids, value.centroids, page_format.page_bytes, page_format.key_scales_at,
+                page_format.value_codes_at,
                 page_format.value_scales_at, history.pages, history.first_token, sink_tokens, kv_heads, group,
                 rows, splits, *mask_strides, softcap or 1.0, *key.polynomial, *value.polynomial,
                 BITS_K=page_format.key.spec.bits, BITS_V=page_format.value.spec.bits, **shape,
