@@ -320,7 +320,7 @@ class CompressedLayer:
         if look or (look is None and keys.device.type == "cpu"):
             for name, new in (("keys", keys), ("values", values)):
                 # one reduction instead of two passes; a sum that merely overflows is looked at closely
-                if math.isfinite(new.sum()):
+                if math.isfinite(new.detach().sum()):
                     continue
                 finite = torch.isfinite(new)
                 if not finite.all():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+pytest.importorskip("triton")
+
 from tqai.backends.triton.planes import plain_rows, plane_rows, plane_widths
 from tqai.backends.triton.polynomial import level_polynomial
 from tqai.core.codec import CodecSpec, make_codec
