@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tqai.backends.base import Attended, ExactTokens, History
 from tqai.backends.cuda.prefill import attend_tiles
-from tqai.backends.triton import kernels
+from tqai.backends.triton import attention_kernels, code_kernels
 from tqai.backends.triton.planes import plain_rows, plane_rows
 from tqai.backends.triton.polynomial import level_polynomial
 from tqai.core.codec import Codec, CodecSpec, Encoded, make_codec
@@ -75,7 +75,7 @@ class TritonBackend:
             vectors = vectors if vectors.stride(-1) == 1 else vectors.contiguous()
             tables = _tables(codec.spec, vectors.device)
             dim = codec.spec.head_dim
-            kernels.encode_rows[(pages * heads, PAGE_TOKENS // ENCODE_TOKENS)](
+            code_kernels.encode_rows[(pages * heads, PAGE_TOKENS // ENCODE_TOKENS)](
                 vectors, out, tables.forward, tables.boundaries, tables.centroids, heads,
                 page_format.page_bytes, codes_at, scales_at, *vectors.stride()[:3],
                 DIM=dim, DIMP=_padded(dim), BITS=codec.spec.bits, TOKENS=ENCODE_TOKENS,
@@ -138,7 +138,7 @@ class TritonBackend:
             scaled = query.float() * scaling
             rotated = (scaled @ key.forward).view(batch, kv_heads, group, new_tokens, dim)
             rotated = rotated.transpose(2, 3).contiguous()
-            kernels.attend_split[(batch * kv_heads, splits)](
+            attention_kernels.attend_split[(batch * kv_heads, splits)](
                 history.addresses, history.addresses.stride(0), rotated, masked, partial, stats,
                 key.centroids, value.centroids, page_format.page_bytes, page_format.key_scales_at,
                 page_format.value_codes_at,
@@ -146,7 +146,7 @@ class TritonBackend:
                 rows, splits, *mask_strides, softcap or 1.0, *key.polynomial, *value.polynomial,
                 BITS_K=page_format.key.spec.bits, BITS_V=page_format.value.spec.bits, **shape,
             )  # fmt: skip
-        kernels.merge_splits[(batch * kv_heads,)](
+        attention_kernels.merge_splits[(batch * kv_heads,)](
             query, *exact, masked, partial, stats, value.back, out, lse, history.tokens, sink_tokens,
             recent.keys.shape[2], kv_heads, group, rows, new_tokens, splits, *query.stride()[:3],
             *(stride for part in exact for stride in part.stride()[:3]), *mask_strides, scaling,
@@ -174,7 +174,7 @@ class TritonBackend:
             dim = codec.spec.head_dim
             out = torch.empty(raw.shape[0], PAGE_TOKENS, dim, dtype=dtype, device=raw.device)
             if raw.shape[0]:
-                kernels.decode_rows[(raw.shape[0], PAGE_TOKENS // ENCODE_TOKENS)](
+                code_kernels.decode_rows[(raw.shape[0], PAGE_TOKENS // ENCODE_TOKENS)](
                     raw, out, tables.back, tables.centroids, page_format.page_bytes, codes_at, scales_at,
                     torch.finfo(dtype).max, DIM=dim, DIMP=_padded(dim), BITS=codec.spec.bits,
                     TOKENS=ENCODE_TOKENS, PRECISION=_precision(),

@@ -1,7 +1,5 @@
-"""Triton kernels: attention over a split of the pages, the merge, encoding and decoding.
+"""Triton kernels: attention over a split of the pages, and the merge with the exact tokens.
 
-Levels are looked up by arithmetic where that is exact: an odd polynomial of the code passes through all
-levels of 1, 2 and 3 bits, and within 1e-4 of those of 4 bits (`polynomial.py`); more bits read a table.
 Rows of a query tile are (new token, query head of the group), padded to a power of two of at least 16.
 Tiles of keys and values are float16 for the tensor cores; scales are applied outside of the products.
 A NaN in sight makes a weight NaN and so the sum of weights, whether a maximum passes it on or not.
@@ -12,66 +10,12 @@ A NaN in sight makes a weight NaN and so the sum of weights, whether a maximum p
 import triton
 import triton.language as tl
 
-__all__ = ["attend_split", "decode_rows", "encode_rows", "merge_splits"]
+from tqai.backends.triton.unpack import codes_of, levels_of, scales_of
+
+__all__ = ["attend_split", "merge_splits"]
 
 PAGE_TOKENS = tl.constexpr(64)
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _codes(side, token, DIM: tl.constexpr, DIMP: tl.constexpr, BITS: tl.constexpr):
-    """Codes int32 `[token, DIMP]` of one side of a page; planes of 8, 4, 2 and 1 bits.
-
-    The plane of W = 8 >> index bits: those before it are wider, their bits are BITS // 2W * 2W.
-    """
-    row = side + token[:, None] * (DIM * BITS // 8)
-    if DIM == DIMP:
-        # whole bytes by the row, each spread over the codes that it holds
-        for index in tl.static_range(4):
-            if BITS & (8 >> index):
-                j = tl.arange(0, DIMP >> index)
-                byte = tl.load(row + DIM * (BITS // (16 >> index) * (16 >> index)) // 8 + j[None, :]).to(
-                    tl.int32
-                )
-                shifts = tl.arange(0, 1 << index) * (8 >> index)
-                part = (byte[:, :, None] >> shifts[None, None, :]) & ((1 << (8 >> index)) - 1)
-                part = tl.reshape(part, (token.shape[0], DIMP)) << (BITS // (16 >> index) * (16 >> index))
-                if (16 >> index) > BITS:
-                    code = part
-                else:
-                    code |= part
-    else:
-        dim = tl.arange(0, DIMP)[None, :]
-        code = tl.zeros((token.shape[0], DIMP), dtype=tl.int32)
-        for index in tl.static_range(4):
-            if BITS & (8 >> index):
-                at = DIM * (BITS // (16 >> index) * (16 >> index)) // 8 + dim * (8 >> index) // 8
-                byte = tl.load(row + at, mask=dim < DIM, other=0).to(tl.int32)
-                part = (byte >> (dim * (8 >> index) % 8)) & ((1 << (8 >> index)) - 1)
-                code |= part << (BITS // (16 >> index) * (16 >> index))
-    return code
-
-
-@triton.jit
-def _levels(code, table, BITS: tl.constexpr, c0, c1, c2, c3, c4, c5):
-    """Centroids of codes, float32."""
-    if BITS > 4:
-        return tl.load(table + code)
-    x = code.to(tl.float32) - ((1 << BITS) - 1) * 0.5
-    y = x * x
-    if BITS == 1:
-        return c0 * x
-    if BITS == 2:
-        return x * (c0 + c1 * y)
-    if BITS == 3:
-        return x * (c0 + y * (c1 + y * (c2 + y * c3)))
-    return x * (c0 + y * (c1 + y * (c2 + y * (c3 + y * (c4 + y * c5)))))
-
-
-@triton.jit
-def _scales(page, at, token):
-    bits = tl.load((page + at).to(tl.pointer_type(tl.uint16)) + token).to(tl.uint32) << 16
-    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -152,10 +96,10 @@ def attend_split(
     for index in range(split, pages, splits):
         page = tl.load(addresses + batch * address_stride + index) + head.to(tl.int64) * page_bytes
         page = tl.multiple_of(page, 16).to(tl.pointer_type(tl.uint8))
-        code = _codes(page, token, DK, DKP, BITS_K)
-        k = _levels(code, table_k, BITS_K, ka, kb, kc, kd, ke, kf)
+        code = codes_of(page, token, DK, DKP, BITS_K)
+        k = levels_of(code, table_k, BITS_K, ka, kb, kc, kd, ke, kf)
         k = tl.where(dk[None, :] < DK, k, 0.0).to(tl.float16)
-        logits = tl.dot(q, tl.trans(k)) * most[:, None] * _scales(page, key_scales_at, token)[None, :]
+        logits = tl.dot(q, tl.trans(k)) * most[:, None] * scales_of(page, key_scales_at, token)[None, :]
         logits = _capped(logits, SOFTCAP, softcap)
         position = index * PAGE_TOKENS + token
         seen = (position >= first_token)[None, :] & real[:, None]
@@ -169,11 +113,11 @@ def attend_split(
         fade = tl.exp2((top - anchor) * LOG2E)
         weight = tl.exp2((logits - anchor[:, None]) * LOG2E)
         total = total * fade + tl.sum(weight, 1)
-        weight = tl.where(seen, weight * _scales(page, value_scales_at, token)[None, :], 0.0)
+        weight = tl.where(seen, weight * scales_of(page, value_scales_at, token)[None, :], 0.0)
         largest = tl.max(weight, 1)
         unit = tl.where(largest > 0.0, largest, 1.0)
-        code = _codes(page + value_codes_at, token, DV, DVP, BITS_V)
-        v = _levels(code, table_v, BITS_V, va, vb, vc, vd, ve, vf).to(tl.float16)
+        code = codes_of(page + value_codes_at, token, DV, DVP, BITS_V)
+        v = levels_of(code, table_v, BITS_V, va, vb, vc, vd, ve, vf).to(tl.float16)
         part = tl.dot((weight / unit[:, None]).to(tl.float16), v) * unit[:, None]
         acc = acc * fade[:, None] + part
         top = higher
@@ -303,110 +247,3 @@ def merge_splits(
         mask=real[:, None] & (dv[None, :] < DV),
     )
     tl.store(lse + o_row, tl.where(total == 0.0, -float("inf"), top + tl.log(total)), mask=real)
-
-
-@triton.jit
-def encode_rows(
-    vectors,
-    pages,
-    rotation,
-    boundaries,
-    centroids,
-    heads,
-    page_bytes,
-    codes_at,
-    scales_at,
-    v_p,
-    v_h,
-    v_t,
-    DIM: tl.constexpr,
-    DIMP: tl.constexpr,
-    BITS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    NORM_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program: TOKENS vectors of one page and head, rotated, scaled, quantized and packed."""
-    page = tl.program_id(0) // heads
-    head = tl.program_id(0) % heads
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    d = tl.arange(0, DIMP)
-    x = tl.load(
-        vectors + page * v_p + head * v_h + (token * v_t)[:, None] + d[None, :],
-        mask=d[None, :] < DIM,
-        other=0.0,
-    ).to(tl.float32)
-    # NaN may survive no maximum; a sum of zeros of it does
-    largest = tl.max(tl.abs(x), 1)
-    finite = (largest < float("inf")) & (tl.sum(x * 0.0, 1) == 0.0)
-    usable = finite & (largest >= 1.1754943508222875e-38)
-    safe = tl.where(usable, largest, 1.0)
-    # division in two steps would lose nothing, but one float32 division by the largest is within its rounding
-    x = tl.where(usable[:, None], x / safe[:, None], 0.0)
-    r = tl.load(
-        rotation + d[:, None] * DIM + d[None, :], mask=(d[:, None] < DIM) & (d[None, :] < DIM), other=0.0
-    )
-    y = tl.dot(x, r, input_precision=PRECISION)
-    norm = tl.sqrt(tl.sum(y * y, 1))
-    unit = y / tl.where(norm > 0.0, norm, 1.0)[:, None]
-    code = tl.zeros((TOKENS, DIMP), tl.int32)
-    # binary search: the number of boundaries at or below
-    for bit in tl.static_range(BITS):
-        half = tl.load(boundaries + code + ((1 << (BITS - 1 - bit)) - 1))
-        code += tl.where(unit >= half, 1 << (BITS - 1 - bit), 0)
-    level = tl.where(d[None, :] < DIM, tl.load(centroids + code), 0.0)
-    scale = norm if NORM_SCALE else tl.sum(y * level, 1) / tl.sum(level * level, 1)
-    # bfloat16, nearest, ties to even; beyond its largest number, that
-    scaled = tl.minimum(0.5 * scale * safe, 1.694738e38) * 2.0
-    bits = tl.minimum(scaled, 3.3895313892515355e38).to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    bits = tl.where(bits > 0x7F7F, 0x7F7F, bits)
-    bits = tl.where(usable, bits, tl.where(finite, 0, 0x7FC0))
-    base = pages + tl.program_id(0).to(tl.int64) * page_bytes
-    tl.store((base + scales_at).to(tl.pointer_type(tl.uint16)) + token, bits.to(tl.uint16))
-    code = tl.where(finite[:, None] & (d[None, :] < DIM), code, 0)
-    row = base + codes_at + token * (DIM * BITS // 8)
-    for index in tl.static_range(4):
-        if BITS & (8 >> index):
-            # as in `_codes`; 1 << index codes share a byte
-            before = BITS // (16 >> index) * (16 >> index)
-            part = (code >> before) & ((1 << (8 >> index)) - 1)
-            shifts = tl.arange(0, 1 << index) * (8 >> index)
-            parts = tl.reshape(part, (TOKENS, DIMP >> index, 1 << index))
-            packed = tl.sum(parts << shifts[None, None, :], 2)
-            j = tl.arange(0, DIMP >> index)
-            at = DIM * (BITS // (16 >> index) * (16 >> index)) // 8 + j
-            tl.store(
-                row[:, None] + at[None, :], packed.to(tl.uint8), mask=j[None, :] < DIM * (8 >> index) // 8
-            )
-
-
-@triton.jit
-def decode_rows(
-    pages,
-    out,
-    rotation,
-    centroids,
-    page_bytes,
-    codes_at,
-    scales_at,
-    limit,
-    DIM: tl.constexpr,
-    DIMP: tl.constexpr,
-    BITS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program: TOKENS vectors of one page, in the original space."""
-    page = pages + tl.program_id(0).to(tl.int64) * page_bytes
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    d = tl.arange(0, DIMP)
-    code = _codes(page + codes_at, token, DIM, DIMP, BITS)
-    level = tl.where(d[None, :] < DIM, tl.load(centroids + code), 0.0)
-    r = tl.load(
-        rotation + d[:, None] * DIM + d[None, :], mask=(d[:, None] < DIM) & (d[None, :] < DIM), other=0.0
-    )
-    x = tl.dot(level, r, input_precision=PRECISION) * _scales(page, scales_at, token)[:, None]
-    x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
-    place = (tl.program_id(0).to(tl.int64) * PAGE_TOKENS + token)[:, None] * DIM + d[None, :]
-    tl.store(out + place, x.to(out.dtype.element_ty), mask=d[None, :] < DIM)

@@ -1,0 +1,68 @@
+"""What the Triton kernels share: codes, levels and scales out of a page.
+
+Levels are computed where that is exact: an odd polynomial of the code passes through all levels of 1, 2 and
+3 bits, and within 1e-4 of those of 4 bits (`polynomial.py`); more bits read a table.
+"""
+
+# mypy: ignore-errors
+# Kernels are compiled by Triton, which gives their names meanings of its own.
+import triton
+import triton.language as tl
+
+__all__ = ["codes_of", "levels_of", "scales_of"]
+
+
+@triton.jit
+def codes_of(side, token, DIM: tl.constexpr, DIMP: tl.constexpr, BITS: tl.constexpr):
+    """Codes int32 `[token, DIMP]` of one side of a page; planes of 8, 4, 2 and 1 bits.
+
+    The plane of W = 8 >> index bits: those before it are wider, their bits are BITS // 2W * 2W.
+    """
+    row = side + token[:, None] * (DIM * BITS // 8)
+    if DIM == DIMP:
+        # whole bytes by the row, each spread over the codes that it holds
+        for index in tl.static_range(4):
+            if BITS & (8 >> index):
+                j = tl.arange(0, DIMP >> index)
+                byte = tl.load(row + DIM * (BITS // (16 >> index) * (16 >> index)) // 8 + j[None, :]).to(
+                    tl.int32
+                )
+                shifts = tl.arange(0, 1 << index) * (8 >> index)
+                part = (byte[:, :, None] >> shifts[None, None, :]) & ((1 << (8 >> index)) - 1)
+                part = tl.reshape(part, (token.shape[0], DIMP)) << (BITS // (16 >> index) * (16 >> index))
+                if (16 >> index) > BITS:
+                    code = part
+                else:
+                    code |= part
+    else:
+        dim = tl.arange(0, DIMP)[None, :]
+        code = tl.zeros((token.shape[0], DIMP), dtype=tl.int32)
+        for index in tl.static_range(4):
+            if BITS & (8 >> index):
+                at = DIM * (BITS // (16 >> index) * (16 >> index)) // 8 + dim * (8 >> index) // 8
+                byte = tl.load(row + at, mask=dim < DIM, other=0).to(tl.int32)
+                part = (byte >> (dim * (8 >> index) % 8)) & ((1 << (8 >> index)) - 1)
+                code |= part << (BITS // (16 >> index) * (16 >> index))
+    return code
+
+
+@triton.jit
+def levels_of(code, table, BITS: tl.constexpr, c0, c1, c2, c3, c4, c5):
+    """Centroids of codes, float32."""
+    if BITS > 4:
+        return tl.load(table + code)
+    x = code.to(tl.float32) - ((1 << BITS) - 1) * 0.5
+    y = x * x
+    if BITS == 1:
+        return c0 * x
+    if BITS == 2:
+        return x * (c0 + c1 * y)
+    if BITS == 3:
+        return x * (c0 + y * (c1 + y * (c2 + y * c3)))
+    return x * (c0 + y * (c1 + y * (c2 + y * (c3 + y * (c4 + y * c5)))))
+
+
+@triton.jit
+def scales_of(page, at, token):
+    bits = tl.load((page + at).to(tl.pointer_type(tl.uint16)) + token).to(tl.uint32) << 16
+    return bits.to(tl.float32, bitcast=True)
