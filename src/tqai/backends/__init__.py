@@ -25,8 +25,10 @@ BACKENDS: dict[str, str] = {
     "cuda": "tqai.backends.cuda:CudaBackend",
     "native": "tqai.backends.native.backend:NativeBackend",
     "torch": "tqai.backends.torch_ops:TorchBackend",
+    "triton": "tqai.backends.triton:TritonBackend",
 }
-"""Backend name -> "module:class", best first."""
+"""Backend name -> "module:class", in the order in which they are tried. "triton" comes after "torch", that
+is, only when asked for: its present form has not yet passed all of its tests on a GPU."""
 
 
 @dataclass(frozen=True)
