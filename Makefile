@@ -12,8 +12,9 @@ TEST_WORKERS ?= auto
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 BUILD_TOOLS := scikit-build-core cmake ninja
-# An editable install knows the modules by name, so a new, moved or deleted one means installing again.
-MODULES := $(shell find src/tqai -name '*.py' | LC_ALL=C sort | cksum | tr ' ' '-')
+# An editable install knows the modules by name and holds the built kernels, so a new, moved or deleted
+# module, or a change in csrc/, means installing again.
+MODULES := $(shell (find src/tqai -name '*.py' | LC_ALL=C sort; cat CMakeLists.txt csrc/*) | cksum | tr ' ' '-')
 USER_STAMP := $(VENV)/.tqai-user-$(MODULES)
 DEV_STAMP := $(VENV)/.tqai-dev-$(MODULES)
 INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
