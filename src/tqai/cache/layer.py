@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tqai.backends import Choice, load, resolve
 from tqai.backends.base import Attended, Backend, ExactTokens
+from tqai.backends.torch_ops.attention import attend as attend_exact
 from tqai.cache.memory import MemoryReport
 from tqai.cache.pages import PagePool
 from tqai.cache.step import Step
@@ -130,9 +131,7 @@ class CompressedLayer:
         the codes are kept.
         """
         if step.history is None:
-            from tqai.backends.torch_ops.attention import attend
-
-            return attend(query, None, step.sinks, step.recent, mask, scaling, softcap)
+            return attend_exact(query, None, step.sinks, step.recent, mask, scaling, softcap)
         arguments = (query, step.history, step.sinks, step.recent, mask, scaling, softcap)
         try:
             return self.backend.attend(*arguments)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tqai.backends.base import Backend, History
+from tqai.backends.torch_ops.attention import gather_pages
 from tqai.core.page import PageFormat
 
 __all__ = ["PagePool"]
@@ -110,18 +111,11 @@ class PagePool:
 
     def page(self, column: int) -> Tensor:
         """Raw page number `column` of every sequence, uint8 `[batch, kv_heads, page_bytes]`, a copy."""
-        return torch.stack([self._page(int(page)) for page in self.table[:, column]])
+        return gather_pages(self.history(), column, column + 1)[:, 0].clone()
 
     def raw(self) -> Tensor:
         """All pages in order, uint8 `[batch, pages, kv_heads, page_bytes]`, a copy (for saving)."""
-        batch, pages = self.table.shape
-        out = torch.empty(
-            (batch, pages, self.kv_heads, self.page_format.page_bytes), dtype=torch.uint8, device=self.device
-        )
-        for row in range(batch):
-            for column in range(pages):
-                out[row, column] = self._page(int(self.table[row, column]))
-        return out
+        return gather_pages(self.history(), 0, self.pages).clone()
 
     def keep(self, start: int, stop: int) -> None:
         """Keep the pages start..stop-1 of every sequence; the others are free from the next `recycle` on."""
@@ -182,7 +176,3 @@ class PagePool:
     def _slab_of(self, page: int) -> tuple[Tensor, int]:
         index = int(np.searchsorted(self._slab_starts, page, side="right")) - 1
         return self._slabs[index], self._slab_starts[index]
-
-    def _page(self, page: int) -> Tensor:
-        slab, at = self._slab_of(page)
-        return slab[page - at]
