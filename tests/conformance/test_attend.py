@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -134,3 +136,35 @@ def test_a_query_that_sees_nothing_gives_zero(backend, format_for, fill, exact_t
     assert torch.equal(attended.out[1], torch.zeros_like(attended.out[1]))
     assert (attended.lse[1] == -torch.inf).all()
     assert attended.out[0].abs().min() > 0
+
+
+@pytest.mark.parametrize("new_tokens", [1, 3])
+def test_sequences_with_fewer_pages_than_others(
+    backend, format_for, fill, exact_tokens, reference_attention, new_tokens
+):
+    page_format = format_for(4, 3, 64)
+    generator = torch.Generator().manual_seed(7)
+    keys, values = (torch.randn(4, 2, 256, 64, generator=generator) for _ in range(2))
+    filled = fill(page_format, keys, values, slabs=2)
+    recent = exact_tokens(generator, 4, 2, 9, 64, 64, torch.float32)
+    sinks = exact_tokens(generator, 4, 2, 2, 64, 64, torch.float32)
+    query = torch.randn(4, 4, new_tokens, 64, generator=generator)
+    counts = torch.tensor([4, 0, 1, 3], dtype=torch.int32)
+    history = filled.pool.history(first_token=5)
+    table = history.table.copy()
+    present = torch.arange(4) < counts[:, None]
+    table[~present.numpy()] = 0
+    addresses = torch.where(present, history.addresses[:, :4], history.addresses[0, 0])
+    history = replace(history, table=table, addresses=addresses, counts=counts)
+    column = torch.arange(5, 256) < counts[:, None] * 64
+    in_sight = torch.nn.functional.pad(column, (2, 9), value=True)[:, None, None]
+    tokens = in_sight.shape[-1]
+    causal = torch.ones(new_tokens, tokens, dtype=torch.bool).tril(tokens - new_tokens)
+    some = torch.rand(4, 1, new_tokens, tokens, generator=generator) > 0.3
+    some[..., -1] = True
+    for given, wanted_mask in ((None, in_sight & causal), (some, in_sight & some)):
+        attended = backend.attend(query, history, sinks, recent, given, 0.2)
+        all_keys = torch.cat([sinks.keys.double(), filled.keys[:, :, 5:], recent.keys.double()], 2)
+        all_values = torch.cat([sinks.values.double(), filled.values[:, :, 5:], recent.values.double()], 2)
+        wanted, wanted_lse = reference_attention(query, all_keys, all_values, wanted_mask, 0.2)
+        check(backend, attended, wanted, wanted_lse, torch.float32)

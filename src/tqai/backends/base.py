@@ -58,6 +58,9 @@ class History:
             byte address of KV head 0 of each page; head h lies h * page_bytes further.
         first_token: so many tokens at the start of the first page are out of sight (a sliding
             window that begins inside a page), 0 to 63.
+        counts: int32 on the device `[batch]`, how many of its `pages` each sequence has (0 to
+            `pages`), or None where all have all. The table's entries beyond a sequence's count are
+            0 and are never read; their tokens are out of sight whatever the mask says.
     """
 
     page_format: PageFormat
@@ -66,6 +69,7 @@ class History:
     table: NDArray[np.int32]
     addresses: Array
     first_token: int = 0
+    counts: Array | None = None
 
     @property
     def pages(self) -> int:

@@ -17,6 +17,7 @@ from tqai.backends.cuda.codes import decode_pages, encode_pages, prepare_codes
 from tqai.backends.cuda.layout import fragment_pages, plain_pages
 from tqai.backends.cuda.plan import refuse_format
 from tqai.backends.cuda.prefill import attend_tiles
+from tqai.backends.torch_ops.attention import within_counts
 from tqai.core.page import PAGE_TOKENS, CanonicalPages, PageFormat
 from tqai.errors import BackendError
 
@@ -88,6 +89,9 @@ class CudaBackend:
         (tests/backends/cuda/test_attend_gpu.py); the error of a logit is about 8e-4 of its deviation.
         """
         with torch.cuda.device(query.device):
+            if history.counts is not None:
+                first = 0 if sinks is None else sinks.keys.shape[2]
+                mask = within_counts(history, mask, first, query.shape[2], recent.keys.shape[2])
             if query.shape[2] > MAX_NEW_TOKENS:
                 return attend_tiles(query, history, sinks, recent, mask, scaling, softcap, decode_pages)
             query = query if query.stride(-1) == 1 else query.contiguous()

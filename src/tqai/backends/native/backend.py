@@ -22,6 +22,7 @@ from tqai.backends.native.checks import (
 from tqai.backends.native.library import load_library
 from tqai.backends.native.order import from_row_codes, reordered, to_row_codes
 from tqai.backends.native.structs import AttendArgs, Source, native_format, refusal
+from tqai.backends.torch_ops.attention import within_counts
 from tqai.core.page import CanonicalPages, PageFormat, pages_from_bytes, pages_to_bytes
 
 __all__ = ["NativeBackend"]
@@ -127,6 +128,9 @@ class NativeBackend:
         Raises:
             InputError: a shape, dtype, device, length or page address does not fit.
         """
+        if history.counts is not None:
+            first = 0 if sinks is None else sinks.keys.shape[2]
+            mask = within_counts(history, mask, first, query.shape[2], recent.keys.shape[2])
         if torch.compiler.is_compiling():
             from tqai.backends.native.op import attend_traced
 

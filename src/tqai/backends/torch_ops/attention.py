@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tqai.backends.base import Attended, ExactTokens, History
@@ -18,7 +19,7 @@ from tqai.backends.torch_ops.codes import torch_codec
 from tqai.core.codec import SCALE_BYTES
 from tqai.core.page import PAGE_TOKENS, PageFormat
 
-__all__ = ["attend", "gather_pages", "split_page"]
+__all__ = ["attend", "gather_pages", "split_page", "within_counts"]
 
 TILE_SCORES = 1 << 24
 """Most scores of one tile: 64 MiB in float32. Bounds the extra memory of long prefill chunks."""
@@ -71,6 +72,8 @@ def attend(
     groups = query_heads // kv_heads
     scaled = (query.float() * scaling).reshape(batch, kv_heads, groups, new_tokens, -1)
     state = _Softmax(scaled, recent.values.shape[-1])
+    if history is not None and history.counts is not None:
+        mask = within_counts(history, mask, 0 if sinks is None else sinks.keys.shape[2], new_tokens, own)
     if mask is not None:
         heads = (1, 1) if mask.shape[1] == 1 else (kv_heads, groups)
         mask = mask.reshape(mask.shape[0], *heads, new_tokens, -1)
@@ -175,6 +178,23 @@ def _causal(new_tokens: int, own: int, start: int, stop: int, device: torch.devi
 
 def _cap(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def within_counts(history: History, mask: Tensor | None, sinks: int, new_tokens: int, own: int) -> Tensor:
+    """`mask` of a step (None is causal) less the tokens of pages that a sequence has not got.
+
+    For `history.counts`; `sinks` and `own` count the exact tokens before and after the history.
+    Returns bool `[batch, query_heads or 1, new_tokens, sinks + history + own]`.
+    """
+    assert history.counts is not None
+    device = history.counts.device
+    column = torch.arange(history.tokens, device=device) + history.first_token
+    present = column < history.counts[:, None] * PAGE_TOKENS
+    present = F.pad(present, (sinks, own), value=True)[:, None, None]
+    if mask is not None:
+        return mask & present
+    seen = torch.ones((new_tokens, present.shape[-1]), dtype=torch.bool, device=device)
+    return present & seen.tril(present.shape[-1] - new_tokens)
 
 
 def gather_pages(history: History, start: int, stop: int) -> Tensor:

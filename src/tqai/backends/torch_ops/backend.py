@@ -23,7 +23,7 @@ class TorchBackend:
     name = "torch"
 
     def refuses(self, page_format: PageFormat, device_type: str, dtype: str) -> str | None:
-        """See `Backend.refuses`: only a codec without a table of centroids is refused."""
+        """See `Backend.refuses`: only a codec without a torch form is refused."""
         try:
             torch_codec(page_format.key, torch.device("cpu"))
             torch_codec(page_format.value, torch.device("cpu"))

@@ -10,7 +10,9 @@ up at once: a byte (1, 2, 4, 8 bits) or 12 bits (3 and 6 bits) index a table of 
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib import import_module
 from math import lcm
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch import Tensor
 from tqai.core.codec import Codec, CodecSpec, make_codec
 from tqai.errors import UnsupportedError
 
-__all__ = ["TorchCodec", "pack", "torch_codec", "unpack"]
+__all__ = ["FORMS", "TorchCodec", "TorchForm", "pack", "torch_codec", "unpack"]
 
 BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
 SMALLEST_NORMAL = 2.0**-126
@@ -58,8 +60,6 @@ class TorchCodec:
 
     def __init__(self, codec: Codec, device: torch.device) -> None:
         tables = codec.tables()
-        if "centroids" not in tables or "boundaries" not in tables:
-            raise UnsupportedError(f"codec {codec.spec.name!r} has no centroids for the torch backend")
         self.head_dim = codec.spec.head_dim
         self.bits = codec.spec.bits
         self.row_bytes = codec.row_bytes
@@ -122,11 +122,46 @@ class TorchCodec:
         return vectors.clamp(-limit, limit).to(dtype)
 
 
+class TorchForm(Protocol):
+    """A codec on one torch device, as the torch backend uses it.
+
+    Attributes:
+        head_dim: coordinates per vector.
+        row_bytes: bytes of codes per vector.
+        rotation: float32 `[head_dim, head_dim]`; a row vector x is coded as x @ rotation.T.
+    """
+
+    head_dim: int
+    row_bytes: int
+    rotation: Tensor
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Float32 `[..., head_dim]` in the rotated space of codes uint8 `[..., row_bytes]`, without scale."""
+
+    def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes uint8 `[..., row_bytes]` and scales bfloat16 `[...]` of `vectors` `[..., head_dim]`."""
+
+    def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Vectors `[..., head_dim]` in the original space as `dtype`, clamped to its range."""
+
+
+FORMS: dict[str, str] = {"scalar": "tqai.backends.torch_ops.codes:TorchCodec"}
+"""Codec name -> "module:class" of its torch form, made from the codec and a device."""
+
+
 @lru_cache(maxsize=256)
-def _torch_codec(spec: CodecSpec, device: torch.device) -> TorchCodec:
-    return TorchCodec(make_codec(spec), device)
+def _torch_codec(spec: CodecSpec, device: torch.device) -> TorchForm:
+    if spec.name not in FORMS:
+        raise UnsupportedError(f"codec {spec.name!r} has no torch form: allowed are {', '.join(FORMS)}")
+    module_name, class_name = FORMS[spec.name].split(":")
+    form: TorchForm = getattr(import_module(module_name), class_name)(make_codec(spec), device)
+    return form
 
 
-def torch_codec(codec: Codec, device: torch.device) -> TorchCodec:
-    """The torch form of a codec on a device; equal codecs share one object."""
+def torch_codec(codec: Codec, device: torch.device) -> TorchForm:
+    """The torch form of a codec on a device; equal codecs share one object.
+
+    Raises:
+        UnsupportedError: there is none; the message says which there are.
+    """
     return _torch_codec(codec.spec, device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tqai.backends.base import Attended, ExactTokens, History
 from tqai.backends.cuda.prefill import attend_tiles
+from tqai.backends.torch_ops.attention import within_counts
 from tqai.backends.triton import attention_kernels, code_kernels
 from tqai.backends.triton.planes import plain_rows, plane_rows
 from tqai.backends.triton.polynomial import level_polynomial
@@ -103,6 +104,9 @@ class TritonBackend:
         Accuracy: relative L2 error at most 1e-3 against float64 attention to the exactly decoded tokens,
         before rounding to the query's dtype, for logits of standard deviation 1.
         """
+        if history.counts is not None:
+            first = 0 if sinks is None else sinks.keys.shape[2]
+            mask = within_counts(history, mask, first, query.shape[2], recent.keys.shape[2])
         batch, query_heads, new_tokens, dim = query.shape
         if new_tokens > MAX_NEW_TOKENS:
             return attend_tiles(query, history, sinks, recent, mask, scaling, softcap, self._decoded)
