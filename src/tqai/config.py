@@ -8,14 +8,16 @@ from typing import Any
 
 from tqai.errors import ConfigError
 
-__all__ = ["PRESETS", "CacheConfig"]
+__all__ = ["PRESETS", "STUDY_PRESETS", "CacheConfig"]
 
 STRATEGIES = ("auto", "residual", "full", "incremental")
-ROTATIONS = ("auto", "haar", "hadamard", "hadamard2")
+ROTATIONS = ("auto", "haar", "hadamard", "hadamard2", "identity")
 SCALES = ("least_squares", "norm")
+OFFSETS = ("off", "on", "auto")
 MAX_BITS = 8
 MAX_WINDOW_TOKENS = 1 << 20
 RESIDUAL_STRATEGY_TOKENS = 128
+MAX_SKETCH_BITS = 4096
 
 PRESETS: Mapping[str, tuple[int, int]] = {
     "K4/V2": (4, 2),
@@ -25,6 +27,25 @@ PRESETS: Mapping[str, tuple[int, int]] = {
     "K4/V4": (4, 4),
 }
 """Preset name -> (bits_k, bits_v). The first is the default."""
+
+STUDY_PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "kv-only": {},
+    "kv+hidden8": {"compress_hidden": True, "bits_hidden": 8},
+    "kv+hidden6": {"compress_hidden": True, "bits_hidden": 6},
+    "kv+ffn8": {"compress_ffn": True, "bits_ffn": 8},
+    "all8": {"compress_hidden": True, "bits_hidden": 8, "compress_ffn": True, "bits_ffn": 8},
+    "all6": {"compress_hidden": True, "bits_hidden": 6, "compress_ffn": True, "bits_ffn": 6},
+    "aggressive": {
+        "bits_k": 3,
+        "bits_v": 2,
+        "compress_hidden": True,
+        "bits_hidden": 6,
+        "compress_ffn": True,
+        "bits_ffn": 6,
+    },
+}
+"""Presets that also round activations (`tqai.activations`): name -> fields of `CacheConfig`. Only the
+cache saves memory; rounding activations shows how sensitive a model is."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +64,25 @@ class CacheConfig:
             "incremental" keeps a decompressed copy beside the codes (fast, gives up the memory).
         codec: name of a registered codec; "scalar" is the Lloyd-Max codec of TurboQuant.
         rotation: "haar", "hadamard" (one round, powers of two), "hadamard2" (two rounds) or "auto"
-            (hadamard2 where head_dim is a power of two, haar elsewhere).
+            (hadamard2 where head_dim is a power of two, haar elsewhere), "identity" for none.
+        rotation_v: the same for values alone; None for `rotation`. A converted model computes its
+            values rotated (`tqai convert`), and has "identity" here.
         scale: "least_squares" (<x,c>/<c,c>) or "norm" (as the paper has it).
         seed: seed of the rotation, 0 to 2**63-1.
         backend: name of a backend, or None for the best that serves the device.
         device: where the cache lives, or None for where the keys are.
         check_finite: True checks every key and value for NaN and inf; False never; None checks
             where it is free, on the CPU.
+        use_qjl: keys also hold a 1-bit sketch of what the codes leave over (codec "qjl"), which makes
+            their inner products unbiased and noisier. Off by default: see docs/quality-options.md.
+        qjl_sketch_size: sign bits of that sketch per key, 1 to 4096.
+        compress_hidden, bits_hidden: round the residual stream that enters each decoder layer.
+        compress_ffn, bits_ffn: round what enters each feed-forward block.
+        compress_attn_logits, bits_attn: round the attention logits. These three are a study of
+            sensitivity and save no memory (`tqai.activations`); bits are 1 to 8, used by `tqai.patch`.
+        offsets: one vector per KV head and sequence is taken off all keys, and one off all values, before
+            they are coded, and attention puts it right, exactly: "on"; "auto", where it takes at least
+            1/32 off their energy; "off". Frozen from the tokens compressed first (`cache.offsets`).
 
     Raises:
         ConfigError: a field is out of range; the message names field, value and what is allowed.
@@ -67,6 +100,16 @@ class CacheConfig:
     backend: str | None = None
     device: str | None = None
     check_finite: bool | None = None
+    rotation_v: str | None = None
+    use_qjl: bool = False
+    qjl_sketch_size: int = 64
+    compress_hidden: bool = False
+    bits_hidden: int = 8
+    compress_ffn: bool = False
+    bits_ffn: int = 8
+    compress_attn_logits: bool = False
+    bits_attn: int = 8
+    offsets: str = "off"
 
     def __post_init__(self) -> None:
         _check_int("bits_k", self.bits_k, 1, MAX_BITS)
@@ -78,12 +121,23 @@ class CacheConfig:
         _check_choice("cache_strategy", self.cache_strategy, STRATEGIES)
         _check_choice("rotation", self.rotation, ROTATIONS)
         _check_choice("scale", self.scale, SCALES)
+        _check_choice("offsets", self.offsets, OFFSETS)
         for name in ("codec", "backend", "device"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name != "codec"):
                 raise ConfigError(f"{name}={value!r} is not a string")
         if self.check_finite not in (None, True, False):
             raise ConfigError(f"check_finite={self.check_finite!r}: allowed are True, False and None")
+        if self.rotation_v is not None:
+            _check_choice("rotation_v", self.rotation_v, ROTATIONS)
+        for name in ("use_qjl", "compress_hidden", "compress_ffn", "compress_attn_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are True and False")
+        for name in ("bits_hidden", "bits_ffn", "bits_attn"):
+            _check_int(name, getattr(self, name), 1, MAX_BITS)
+        _check_int("qjl_sketch_size", self.qjl_sketch_size, 1, MAX_SKETCH_BITS)
+        if self.use_qjl and self.codec not in ("scalar", "qjl"):
+            raise ConfigError(f"use_qjl=True with codec={self.codec!r}: allowed is codec='scalar'")
 
     @property
     def window_tokens(self) -> int:
@@ -93,13 +147,29 @@ class CacheConfig:
         return RESIDUAL_STRATEGY_TOKENS if self.cache_strategy == "residual" else 0
 
     @property
+    def key_codec(self) -> str:
+        """Name of the codec of the keys: "qjl" with `use_qjl`, else `codec`."""
+        return "qjl" if self.use_qjl else self.codec
+
+    @property
+    def studies_activations(self) -> bool:
+        """Whether activations are rounded as well."""
+        return self.compress_hidden or self.compress_ffn or self.compress_attn_logits
+
+    @property
     def label(self) -> str:
-        """Short name for tables, such as 'K4/V2'."""
-        return f"K{self.bits_k}/V{self.bits_v}"
+        """Short name for tables, such as 'K4/V2' or 'K4/V2 qjl64 hidden8'."""
+        parts = [f"K{self.bits_k}/V{self.bits_v}"]
+        parts += [f"qjl{self.qjl_sketch_size}"] if self.use_qjl else []
+        parts += [f"hidden{self.bits_hidden}"] if self.compress_hidden else []
+        parts += [f"ffn{self.bits_ffn}"] if self.compress_ffn else []
+        parts += [f"logits{self.bits_attn}"] if self.compress_attn_logits else []
+        return " ".join(parts)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> CacheConfig:
-        """Configuration of a preset by name ("K4/V2", also spelled "k4v2"), with fields changed.
+        """Configuration of a preset by name ("K4/V2", also spelled "k4v2", or one of `STUDY_PRESETS`),
+        with fields changed.
 
         Raises:
             ConfigError: no such preset, or a changed field is out of range.
@@ -108,7 +178,9 @@ class CacheConfig:
         for known, (bits_k, bits_v) in PRESETS.items():
             if _preset_key(known) == wanted:
                 return cls.from_dict({"bits_k": bits_k, "bits_v": bits_v, **changes})
-        raise ConfigError(f"preset={name!r}: allowed are {', '.join(PRESETS)}")
+        if isinstance(name, str) and name in STUDY_PRESETS:
+            return cls.from_dict({**STUDY_PRESETS[name], **changes})
+        raise ConfigError(f"preset={name!r}: allowed are {', '.join([*PRESETS, *STUDY_PRESETS])}")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> CacheConfig:

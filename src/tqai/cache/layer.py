@@ -5,13 +5,16 @@
     first tokens  -> sinks  (exact, model dtype), where `sink_tokens` asks for them
 
 The state after N tokens depends on N alone, not on how they were chunked: with S sinks and a window
-of at least W tokens, floor((N - S - W) / 64) pages are compressed (none while that is negative).
+of at least W tokens, floor((N - S - W) / 64) pages are compressed (none while that is negative). Only
+offsets depend on the chunks: they are frozen from the pages that are compressed first (`cache.offsets`).
+From then on everything the layer holds is without them, exact tokens too; steps add them again.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -21,6 +24,7 @@ from tqai.backends import Choice, load, resolve
 from tqai.backends.base import Attended, Backend, ExactTokens
 from tqai.backends.torch_ops.attention import attend as attend_exact
 from tqai.cache.memory import MemoryReport
+from tqai.cache.offsets import Offsets, estimate
 from tqai.cache.pages import PagePool
 from tqai.cache.step import Step
 from tqai.cache.window import Window, joined
@@ -37,10 +41,14 @@ logger = logging.getLogger("tqai")
 def page_format_for(config: CacheConfig, key_dim: int, value_dim: int) -> PageFormat:
     """The page format of a configuration for these head dimensions (keys and values may differ)."""
 
-    def codec(dim: int, bits: int) -> Codec:
-        return make_codec(CodecSpec(config.codec, dim, bits, config.rotation, config.scale, config.seed))
+    def codec(name: str, dim: int, bits: int, rotation: str) -> Codec:
+        sketch = config.qjl_sketch_size if name == "qjl" else 0
+        return make_codec(CodecSpec(name, dim, bits, rotation, config.scale, config.seed, sketch))
 
-    return PageFormat(codec(key_dim, config.bits_k), codec(value_dim, config.bits_v))
+    return PageFormat(
+        codec(config.key_codec, key_dim, config.bits_k, config.rotation),
+        codec(config.codec, value_dim, config.bits_v, config.rotation_v or config.rotation),
+    )
 
 
 class CompressedLayer:
@@ -49,6 +57,9 @@ class CompressedLayer:
     Attributes:
         length: tokens seen so far, dropped ones included.
         record_past: a sliding layer keeps everything until the next `crop` (assisted decoding).
+        soft_capped: the model soft-caps its logits, so that keys may have no offset: the cap is not
+            blind to a shift. To be set before the first token.
+        offsets: what has been taken off everything held; None before the first page, and without offsets.
     """
 
     def __init__(self, config: CacheConfig, layer: int = 0, sliding_window: int | None = None) -> None:
@@ -56,6 +67,7 @@ class CompressedLayer:
         self.layer = layer
         self.sliding_window = sliding_window
         self.record_past = False
+        self.soft_capped = False
         self.reset()
 
     def reset(self) -> None:
@@ -64,6 +76,7 @@ class CompressedLayer:
         self.sinks: ExactTokens | None = None
         self.window: Window | None = None
         self.pool: PagePool | None = None
+        self.offsets: Offsets | None = None
         self._choice: Choice | None = None
         self._decoded: ExactTokens | None = None
 
@@ -113,23 +126,46 @@ class CompressedLayer:
         history = None
         if pages * PAGE_TOKENS > history_from:
             history = self.pool.history(*divmod(history_from, PAGE_TOKENS))
-        fits = self.window.append(keys, values)
-        recent = self.window.tokens if fits else joined(self.window.tokens, ExactTokens(keys, values))
+        new = ExactTokens(keys, values)
+        if self.offsets is not None:
+            new = self.offsets.taken_off(new)
+        fits = self.window.append(*new)
+        recent = self.window.tokens if fits else joined(self.window.tokens, new)
         trimmed = max(history_from - pages * PAGE_TOKENS, 0)
         in_sight = ExactTokens(*(part[:, :, trimmed:] for part in recent)) if trimmed else recent
-        step = Step(self.backend, self.sinks, history, in_sight, keys.shape[2])
+        step = Step(self.backend, self.sinks, history, in_sight, keys.shape[2], self.offsets)
         self.length += keys.shape[2]
         self._settle(recent, fits)
         return step
 
     def attend(
-        self, step: Step, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
+        self,
+        step: Step,
+        query: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        with_lse: bool = True,
     ) -> Attended:
         """Attention of `query` over a step of this layer; see `Backend.attend`.
 
         A backend that fails at run time is replaced, once and with a warning, by the torch backend;
-        the codes are kept.
+        the codes are kept. Without `with_lse` the log-sum-exp may be that of keys without their
+        offsets, which spares a product.
         """
+        offsets = step.offsets
+        if offsets is None:
+            return self._attend(step, query, mask, scaling, softcap)
+        if softcap is not None and offsets.keys is not None:
+            # nobody said so (`soft_capped`): right, and slow
+            return attend_exact(query, None, None, self.materialize(step), mask, scaling, softcap)
+        attended = self._attend(step, query, mask, scaling, softcap)
+        return offsets.corrected(attended, query, scaling if with_lse else None, mask is not None)
+
+    def _attend(
+        self, step: Step, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> Attended:
+        """Attention over what is held, without the offsets."""
         if step.history is None:
             return attend_exact(query, None, step.sinks, step.recent, mask, scaling, softcap)
         arguments = (query, step.history, step.sinks, step.recent, mask, scaling, softcap)
@@ -154,7 +190,7 @@ class CompressedLayer:
         if self.window is None or self.pool is None:
             return None
         history = self.pool.history() if self.pool.pages else None
-        return Step(self.backend, self.sinks, history, self.window.tokens, 0)
+        return Step(self.backend, self.sinks, history, self.window.tokens, 0, self.offsets)
 
     def crop(self, count: int) -> None:
         """Take the `count` newest tokens back. A page cut in two is decompressed into the window.
@@ -193,6 +229,9 @@ class CompressedLayer:
                 self.sinks = ExactTokens(self.sinks.keys[:, :, :left], self.sinks.values[:, :, :left])
                 self.sinks = self.sinks if left else None
         self._drop_out_of_sight(force=True)
+        if self.offsets is not None and not self.pool.pages:
+            self._move_exact(self.offsets.put_back)
+            self.offsets = None
 
     def select(self, rows: Tensor) -> None:
         """Make sequence `rows[i]` (int64) the new sequence i: reorder, repeat or leave out."""
@@ -203,6 +242,8 @@ class CompressedLayer:
         self.pool.select(rows.cpu().numpy())
         if self.sinks is not None:
             self.sinks = ExactTokens(*(part.index_select(0, rows) for part in self.sinks))
+        if self.offsets is not None:
+            self.offsets = self.offsets.select(rows)
         self._decoded = None
 
     @property
@@ -231,6 +272,7 @@ class CompressedLayer:
             window_bytes=sum(tensor.nbytes for tensor in exact),
             table_bytes=pool.table_bytes,
             slack_bytes=slabs_bytes - codes_bytes - scales_bytes,
+            offsets_bytes=0 if self.offsets is None else self.offsets.nbytes,
             copy_bytes=sum(part.nbytes for part in self._decoded or ()),
             backend=self.backend.name,
             backend_reason=self._choice.reason,
@@ -258,6 +300,8 @@ class CompressedLayer:
                 spent, pages = spent + dead * PAGE_TOKENS, pages - dead
         if pages:
             stop = spent + pages * PAGE_TOKENS
+            if self.config.offsets != "off" and self.offsets is None and not self.pool.pages:
+                recent = self._freeze_offsets(recent, spent, stop)
             self._compress(recent.keys[:, :, spent:stop], recent.values[:, :, spent:stop], pages)
             spent = stop
         if in_window:
@@ -265,6 +309,23 @@ class CompressedLayer:
         else:
             self.window.replace(recent.keys[:, :, spent:], recent.values[:, :, spent:])
         self._drop_out_of_sight(force=False)
+
+    def _freeze_offsets(self, recent: ExactTokens, start: int, stop: int) -> ExactTokens:
+        """Take offsets, estimated from tokens start..stop-1 of `recent`, off everything held; returns
+        `recent` without them. The step under way keeps the tensors that it has."""
+        paged = ExactTokens(*(part[:, :, start:stop] for part in recent))
+        self.offsets = estimate(paged, self.config.offsets, of_keys=not self.soft_capped)
+        if self.offsets is None:
+            return recent
+        self._move_exact(self.offsets.taken_off)
+        return self.offsets.taken_off(recent)
+
+    def _move_exact(self, moved: Callable[[ExactTokens], ExactTokens]) -> None:
+        """Put `moved(tokens)` in the place of window and sinks, in new tensors."""
+        assert self.window is not None
+        self.window.move(moved)
+        if self.sinks is not None:
+            self.sinks = moved(self.sinks)
 
     def _compress(self, keys: Tensor, values: Tensor, pages: int) -> None:
         assert self.pool is not None

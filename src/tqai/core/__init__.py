@@ -6,4 +6,5 @@ tensor framework.
 
 # Python runs this file before any module of the package, so every codec is registered whichever
 # module a caller imports first.
+from tqai.core import qjl_codec as qjl_codec
 from tqai.core import scalar as scalar

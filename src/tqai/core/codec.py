@@ -46,12 +46,13 @@ class CodecSpec:
         name: registered name, such as "scalar".
         head_dim: coordinates per vector, at least 1.
         bits: bits per coordinate, 1 to 8.
-        rotation: "haar", "hadamard", "hadamard2" or "auto" (see `core.rotation.resolve`).
+        rotation: "haar", "hadamard", "hadamard2", "identity" or "auto" (see `core.rotation.resolve`).
         scale: "least_squares" or "norm".
         seed: seed of the rotation.
+        sketch: sign bits of a vector's residual, for the codec "qjl" (1 or more); 0 for all others.
 
     Raises:
-        ConfigError: head_dim, bits or seed is no whole number.
+        ConfigError: head_dim, bits, seed or sketch is no whole number.
     """
 
     name: str
@@ -60,10 +61,11 @@ class CodecSpec:
     rotation: str = "auto"
     scale: str = "least_squares"
     seed: int = 0
+    sketch: int = 0
 
     def __post_init__(self) -> None:
         # Here and not in the codecs, as make_codec would take 2.0 or True for an equal spec it has seen.
-        for name in ("head_dim", "bits", "seed"):
+        for name in ("head_dim", "bits", "seed", "sketch"):
             value = getattr(self, name)
             if isinstance(value, bool) or not hasattr(value, "__index__"):
                 raise ConfigError(f"{name}={value!r}: a whole number is wanted")

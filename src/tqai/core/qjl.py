@@ -47,6 +47,7 @@ class SignSketch:
 
     Attributes:
         matrix: S, float64 `[rows, dim]`, read-only; the same on every platform to about 1e-12.
+        factor: an estimate is norm * factor * (signs @ S), signs -1 and 1.
 
     Raises:
         ConfigError: dim or rows below 1, an unknown kind, a seed out of range, or more than dim
@@ -64,7 +65,7 @@ class SignSketch:
         self.dim = dim
         self.rows = rows
         self.matrix = _matrix(dim, seed, rows, kind)
-        self._factor = _inverse_mean_projection(dim, kind) / rows
+        self.factor = _inverse_mean_projection(dim, kind) / rows
 
     def sketch(self, vectors: NDArray[np.floating]) -> Sketched:
         """Sketch of `vectors` `[..., dim]`, any float dtype.
@@ -86,7 +87,7 @@ class SignSketch:
         """Vectors `[..., dim]` whose inner product with any y estimates that of the sketched vectors."""
         signs = unpack(sketched.signs, 1, self.rows).astype(np.float64) * 2.0 - 1.0
         norms = np.asarray(sketched.norms, dtype=np.float64)
-        return (self._factor * norms)[..., None] * (signs @ self.matrix)
+        return (self.factor * norms)[..., None] * (signs @ self.matrix)
 
     def inner_product(self, y: NDArray[np.floating], sketched: Sketched) -> NDArray[np.float64]:
         """Estimates of <y, r>: `y` `[..., dim]` broadcast against the leading axes of the sketch.
@@ -97,7 +98,7 @@ class SignSketch:
         projected = self._checked(y) @ self.matrix.T
         signs = unpack(sketched.signs, 1, self.rows).astype(np.float64) * 2.0 - 1.0
         dots = np.einsum("...m,...m->...", projected, signs)
-        estimates: NDArray[np.float64] = self._factor * np.asarray(sketched.norms, dtype=np.float64) * dots
+        estimates: NDArray[np.float64] = self.factor * np.asarray(sketched.norms, dtype=np.float64) * dots
         return estimates
 
     @property

@@ -1,11 +1,12 @@
 """Seeded orthogonal matrices that spread a vector's energy evenly over its coordinates.
 
-Three kinds (`tqai.config.ROTATIONS`, beside "auto"):
+The kinds (`tqai.config.ROTATIONS`, beside "auto"):
 
     haar       Haar-distributed: Q of the QR factorisation of Gaussians, signs fixed so that the
                diagonal of the triangular factor is positive (Mezzadri, math-ph/0609050)
     hadamard   (1/sqrt d) H D_1          H the Sylvester matrix, H[i, j] = (-1)^popcount(i & j);
     hadamard2  (1/d) H D_2 H D_1         D_r diagonal matrices of random signs; d a power of two
+    identity   none at all, for vectors that come rotated already (a converted model's values)
 
 Randomness is the raw output of the counter-based generator Philox4x64-10, whose stream numpy guarantees;
 no other part of numpy's random module is used, as it may change between versions. Word k of the stream
@@ -41,6 +42,7 @@ __all__ = [
 # Streams are apart by their tag. Changing one changes the meaning of every saved cache.
 STREAM_TAGS = {"haar": 1, "hadamard": 2, "hadamard2": 3, "qjl": 4, "qjl_orthogonal": 5}
 HADAMARD_ROUNDS = {"hadamard": 1, "hadamard2": 2}
+IDENTITY = "identity"
 MAX_SEED = 2**63 - 1
 
 
@@ -128,6 +130,8 @@ def rotate(rows: NDArray[np.floating], kind: str, seed: int) -> NDArray[np.float
     """
     dim = rows.shape[-1]
     resolved = resolve(kind, dim)
+    if resolved == IDENTITY:
+        return np.array(rows, dtype=np.float64)
     if resolved not in HADAMARD_ROUNDS:
         product: NDArray[np.float64] = rows.astype(np.float64) @ rotation_matrix(resolved, dim, seed).T
         return product
@@ -147,6 +151,8 @@ def unrotate(rows: NDArray[np.floating], kind: str, seed: int) -> NDArray[np.flo
     """
     dim = rows.shape[-1]
     resolved = resolve(kind, dim)
+    if resolved == IDENTITY:
+        return np.array(rows, dtype=np.float64)
     if resolved not in HADAMARD_ROUNDS:
         product: NDArray[np.float64] = rows.astype(np.float64) @ rotation_matrix(resolved, dim, seed)
         return product
@@ -180,6 +186,8 @@ def orthogonalised(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 def _matrix(kind: str, dim: int, seed: int) -> NDArray[np.float64]:
     if kind == "haar":
         out = orthogonalised(gaussians("haar", dim, seed, dim * dim).reshape(dim, dim))
+    elif kind == IDENTITY:
+        out = np.eye(dim)
     else:
         out = np.ascontiguousarray(rotate(np.eye(dim), kind, seed).T)
     out.setflags(write=False)

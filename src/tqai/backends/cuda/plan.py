@@ -33,7 +33,7 @@ MAX_HEAD_DIM = 256
 COLUMNS = 4
 """Query columns (heads of a group times new tokens) that one pass over the codes serves."""
 
-ROUNDS = {"haar": 0, "hadamard": 1, "hadamard2": 2}
+ROUNDS = {"haar": 0, "hadamard": 1, "hadamard2": 2, "identity": 0}
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 SHAPES = ((12, 2), (12, 1), (8, 2), (8, 1), (6, 1), (4, 1), (2, 1), (1, 1))
 CODE_WARPS = 8

@@ -22,7 +22,7 @@ MAX_HEAD_DIM = 256
 LARGEST_LEVEL = 8191
 BLOCK_TOKENS = 512
 """Tokens whose weights share one step: BLOCK_TOKENS of csrc/isa.h."""
-HADAMARD_ROUNDS = {"haar": 0, "hadamard": 1, "hadamard2": 2}
+HADAMARD_ROUNDS = {"haar": 0, "hadamard": 1, "hadamard2": 2, "identity": 0}
 
 _i32, _i64, _f32, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 

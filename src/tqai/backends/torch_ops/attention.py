@@ -101,7 +101,7 @@ def attend(
 
     weighted = state.exact
     if history is not None:
-        weighted = weighted + state.coded @ torch_codec(history.page_format.value, query.device).rotation
+        weighted = weighted + _unrotated(state.coded, history.page_format)
     total = state.total.unsqueeze(-1)
     out = torch.where(total > 0, weighted / total, 0.0)
     # a NaN that is in sight must show: `total > 0` is false for it
@@ -109,6 +109,13 @@ def attend(
     limit = torch.finfo(query.dtype).max
     out = out.clamp(-limit, limit).to(query.dtype).reshape(batch, query_heads, new_tokens, -1)
     return Attended(out, (state.top + state.total.log()).reshape(batch, query_heads, new_tokens))
+
+
+def _unrotated(coded: Tensor, page_format: PageFormat) -> Tensor:
+    """Sums over values, back from the rotated space."""
+    if page_format.value.spec.rotation == "identity":
+        return coded
+    return coded @ torch_codec(page_format.value, coded.device).rotation
 
 
 def _add_history(

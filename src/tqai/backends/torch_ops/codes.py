@@ -145,7 +145,10 @@ class TorchForm(Protocol):
         """Vectors `[..., head_dim]` in the original space as `dtype`, clamped to its range."""
 
 
-FORMS: dict[str, str] = {"scalar": "tqai.backends.torch_ops.codes:TorchCodec"}
+FORMS: dict[str, str] = {
+    "qjl": "tqai.backends.torch_ops.sketched:TorchSketchedCodec",
+    "scalar": "tqai.backends.torch_ops.codes:TorchCodec",
+}
 """Codec name -> "module:class" of its torch form, made from the codec and a device."""
 
 
