@@ -25,30 +25,18 @@ from tqai.backends.base import Attended, Backend, ExactTokens
 from tqai.backends.torch_ops.attention import attend as attend_exact
 from tqai.cache.memory import MemoryReport
 from tqai.cache.offsets import Offsets, estimate
+from tqai.cache.page_format import page_format_for
 from tqai.cache.pages import PagePool
 from tqai.cache.step import Step
 from tqai.cache.window import Window, joined
 from tqai.config import CacheConfig
-from tqai.core.codec import SCALE_BYTES, Codec, CodecSpec, make_codec
-from tqai.core.page import PAGE_TOKENS, PageFormat
+from tqai.core.codec import SCALE_BYTES
+from tqai.core.page import PAGE_TOKENS
 from tqai.errors import BackendError, ConfigError, InputError, NonFiniteError
 
 __all__ = ["CompressedLayer", "page_format_for"]
 
 logger = logging.getLogger("tqai")
-
-
-def page_format_for(config: CacheConfig, key_dim: int, value_dim: int) -> PageFormat:
-    """The page format of a configuration for these head dimensions (keys and values may differ)."""
-
-    def codec(name: str, dim: int, bits: int, rotation: str) -> Codec:
-        sketch = config.qjl_sketch_size if name == "qjl" else 0
-        return make_codec(CodecSpec(name, dim, bits, rotation, config.scale, config.seed, sketch))
-
-    return PageFormat(
-        codec(config.key_codec, key_dim, config.bits_k, config.rotation),
-        codec(config.codec, value_dim, config.bits_v, config.rotation_v or config.rotation),
-    )
 
 
 class CompressedLayer:
