@@ -35,6 +35,8 @@ from transformers import PreTrainedTokenizerFast
 PRESETS = {
     "llama-10m": Shape(),
     "qwen2-10m": Shape(arch="qwen2", heads=6, head_dim=64, mlp=1024),
+    "llama-7m": Shape(hidden=256, layers=8, kv_heads=1, mlp=512),
+    "qwen2-6m": Shape(arch="qwen2", hidden=256, head_dim=64, mlp=768),
     "tiny": Shape(hidden=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=128),
 }
 
