@@ -84,10 +84,10 @@ def test_other_files_are_refused(tmp_path):
 
 def test_unknown_version_is_named(saved, tmp_path, monkeypatch):
     layer, _ = saved
-    monkeypatch.setattr(storage, "FORMAT_VERSION", 999)
+    monkeypatch.setattr(storage, "_version_of", lambda tensors: 999)
     write_file(tmp_path / "future", *export_layer(layer)[:1], {})
     monkeypatch.undo()
-    with pytest.raises(FileVersionError, match="version 999: allowed is 1"):
+    with pytest.raises(FileVersionError, match="version 999: allowed are 1 to 2"):
         read_file(tmp_path / "future")
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tqai.backends.base import ExactTokens
 from tqai.cache.layer import CompressedLayer
-from tqai.core.codec import Encoded
-from tqai.core.page import PAGE_TOKENS, CanonicalPages
+from tqai.cache.offsets import Offsets
+from tqai.core.codec import CodecSpec, Encoded
+from tqai.core.page import PAGE_TOKENS, CanonicalPages, PageFormat
 from tqai.errors import CorruptFileError, ModelMismatchError
 
 __all__ = ["export_layer", "import_layer"]
@@ -23,14 +24,18 @@ def export_layer(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[str, A
     """Tensors and description (JSON values) of everything that `layer` holds.
 
     Codes are uint8 `[batch, pages, kv_heads, 64, row_bytes]`, scales uint16 `[batch, pages, kv_heads,
-    64]` (bfloat16 bits), exact tokens `[batch, kv_heads, tokens, head_dim]` in the model's dtype.
+    64]` (bfloat16 bits), exact tokens `[batch, kv_heads, tokens, head_dim]` in the model's dtype. Offsets
+    are `[batch, kv_heads, head_dim]` in that dtype; all tokens are then without them.
     """
     about: dict[str, Any] = {"length": layer.length, "sliding_window": layer.sliding_window}
     if layer.window is None or layer.pool is None:
         return {}, {**about, "empty": True}
     page_format = layer.pool.page_format
     about["empty"] = False
-    about["key_codec"], about["value_codec"] = asdict(page_format.key.spec), asdict(page_format.value.spec)
+    about["key_codec"], about["value_codec"] = (
+        _written(page_format.key.spec),
+        _written(page_format.value.spec),
+    )
     tensors: dict[str, Tensor] = {}
     if layer.pool.pages:
         pages = layer.backend.to_canonical(layer.pool.raw(), page_format)
@@ -40,6 +45,10 @@ def export_layer(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[str, A
     tensors["window_keys"], tensors["window_values"] = layer.window.tokens
     if layer.sinks is not None:
         tensors["sink_keys"], tensors["sink_values"] = layer.sinks
+    if layer.offsets is not None:
+        for name, offset in (("key", layer.offsets.keys), ("value", layer.offsets.values)):
+            if offset is not None:
+                tensors[f"{name}_offsets"] = offset.squeeze(2)
     return tensors, about
 
 
@@ -64,7 +73,7 @@ def import_layer(
         layer.prepare(*window)
         assert layer.pool is not None and layer.window is not None
         page_format = layer.pool.page_format
-        expected = (asdict(page_format.key.spec), asdict(page_format.value.spec))
+        expected = (_written(page_format.key.spec), _written(page_format.value.spec))
         if expected != (about["key_codec"], about["value_codec"]):
             raise ModelMismatchError(
                 f"layer {layer.layer} was saved with {about['key_codec']} / {about['value_codec']}, "
@@ -82,6 +91,7 @@ def import_layer(
             layer.pool.commit(ids, buffer)
         if "sink_keys" in tensors:
             layer.sinks = ExactTokens(tensors["sink_keys"].to(device), tensors["sink_values"].to(device))
+        layer.offsets = _offsets(layer.pool.table.shape[0], layer.pool.kv_heads, page_format, tensors, device)
         layer.length = int(about["length"])
     except (KeyError, RuntimeError, ValueError) as error:
         if isinstance(error, ModelMismatchError):
@@ -93,3 +103,24 @@ def import_layer(
             f"layer {layer.layer} of the file holds {kept} tokens ({layer.pool.pages} pages of "
             f"{PAGE_TOKENS}) but claims {layer.length}"
         )
+
+
+def _written(spec: CodecSpec) -> dict[str, Any]:
+    """The fields of a spec as version 1 of the format has them, and later ones where they say something."""
+    written = asdict(spec)
+    if not written.get("sketch"):
+        written.pop("sketch", None)
+    return written
+
+
+def _offsets(
+    batch: int, kv_heads: int, page_format: PageFormat, tensors: Mapping[str, Tensor], device: torch.device
+) -> Offsets | None:
+    parts: list[Tensor | None] = []
+    for name, codec in (("key", page_format.key), ("value", page_format.value)):
+        offset = tensors.get(f"{name}_offsets")
+        shape = (batch, kv_heads, codec.spec.head_dim)
+        if offset is not None and offset.shape != shape:
+            raise ValueError(f"{name}_offsets {list(offset.shape)} are not {list(shape)}")
+        parts.append(None if offset is None else offset.to(device).unsqueeze(2))
+    return None if parts == [None, None] else Offsets(*parts)

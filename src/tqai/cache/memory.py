@@ -25,6 +25,7 @@ class MemoryReport:
         window_bytes: buffers of exact tokens (window and sinks), used or not.
         table_bytes: page tables.
         slack_bytes: pages allocated ahead, and padding inside pages.
+        offsets_bytes: offsets of keys and values.
         copy_bytes: the decompressed copy of `cache_strategy="incremental"`; else 0.
         other_bytes: layers that are left as they were (recurrent states).
         backend: name of the backend, "" before the first token.
@@ -38,6 +39,7 @@ class MemoryReport:
     window_bytes: int = 0
     table_bytes: int = 0
     slack_bytes: int = 0
+    offsets_bytes: int = 0
     copy_bytes: int = 0
     other_bytes: int = 0
     backend: str = ""
@@ -52,6 +54,7 @@ class MemoryReport:
             + self.window_bytes
             + self.table_bytes
             + self.slack_bytes
+            + self.offsets_bytes
             + self.copy_bytes
         )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tqai.backends.base import Backend, ExactTokens, History
 from tqai.backends.torch_ops.attention import gather_pages
+from tqai.cache.offsets import Offsets
 from tqai.cache.window import joined
 
 __all__ = ["Step"]
@@ -16,7 +17,7 @@ class Step:
     """The tokens in sight of a step, in order: sinks, compressed history, recent exact tokens.
 
     It describes the layer as it was when the step's own tokens arrived: `recent` ends with them,
-    uncompressed, even if the layer has put them into pages since.
+    uncompressed, even if the layer has put them into pages since. All three are without `offsets`.
     """
 
     backend: Backend
@@ -24,6 +25,7 @@ class Step:
     history: History | None
     recent: ExactTokens
     new_tokens: int
+    offsets: Offsets | None = None
 
     @property
     def tokens(self) -> int:
@@ -47,10 +49,11 @@ class Step:
             if decoded is None:
                 decoded = self.decode_history(self.history)
             tokens = joined(decoded, tokens)
-        return tokens if self.sinks is None else joined(self.sinks, tokens)
+        tokens = tokens if self.sinks is None else joined(self.sinks, tokens)
+        return tokens if self.offsets is None else self.offsets.put_back(tokens)
 
     def decode_history(self, history: History) -> ExactTokens:
-        """The compressed tokens of `history`, decompressed, in the dtype of the recent ones."""
+        """The compressed tokens of `history`, decompressed, in the dtype of the recent ones; no offsets."""
         raw = gather_pages(history, 0, history.pages)
         parts = self.backend.decode(raw, history.page_format, self.recent.keys.dtype)
         in_order = (part.transpose(1, 2).flatten(2, 3) for part in parts)

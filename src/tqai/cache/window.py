@@ -11,6 +11,8 @@ true until the next.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,13 @@ class Window:
     def select(self, rows: Tensor) -> None:
         """Make sequence `rows[i]` the new sequence i."""
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+    def move(self, moved: Callable[[ExactTokens], ExactTokens]) -> None:
+        """Hold `moved(tokens)`, of the same shape, instead of the tokens. Views of the window that were
+        taken before stay as they are: the buffers are new."""
+        tokens = moved(self.tokens)
+        self.keys, self.values = torch.empty_like(self.keys), torch.empty_like(self.values)
+        self.replace(*tokens)
 
     def _move_to_front(self) -> None:
         held = len(self)

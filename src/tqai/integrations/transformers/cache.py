@@ -83,6 +83,8 @@ class TurboQuantCache(DynamicCache):
             compressed_form(layer, self.settings, index, self.on_codes)
             for index, layer in enumerate(self.layers)
         ]
+        if model_config is not None and _soft_caps(model_config):
+            self._without_key_offsets(model_config)
 
     def memory(self) -> MemoryReport:
         """Bytes held and bits per value, all layers added up; see `MemoryReport`."""
@@ -102,6 +104,16 @@ class TurboQuantCache(DynamicCache):
         """Read a cache that `save` wrote; see `tqai.cache.storage` for what is refused, and how."""
         return load(cls, path, model)
 
+    def _without_key_offsets(self, model_config: PreTrainedConfig) -> None:
+        if self.settings.offsets == "on":
+            raise UnsupportedError(
+                f"offsets='on': {model_config.model_type} soft-caps its attention logits, which an offset of "
+                "the keys would change: allowed are 'auto' (offsets of the values only) and 'off'"
+            )
+        for layer in self.layers:
+            if hasattr(layer, "store"):
+                layer.store.soft_capped = True
+
     def _next_layer(self) -> TurboQuantLayer:
         return TurboQuantLayer(self.settings, len(self.layers), self.on_codes)
 
@@ -118,6 +130,11 @@ def _settings(bits: int | None, config: CacheConfig | str | None, changes: dict[
     if isinstance(config, CacheConfig):
         return CacheConfig.from_dict({**config.to_dict(), **changes})
     raise ConfigError(f"config={config!r}: allowed are a CacheConfig, the name of a preset and None")
+
+
+def _soft_caps(config: PreTrainedConfig) -> bool:
+    """Whether attention logits go through a soft cap, which is not blind to a shift of all of them."""
+    return getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
 
 
 def _takes_dynamic_cache(model: Any) -> bool:

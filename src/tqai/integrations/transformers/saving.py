@@ -32,6 +32,12 @@ SHAPING_FIELDS = (
     "rope_theta",
     "rope_parameters",
 )
+SETTINGS_OF_VERSION_1 = (
+    *("bits_k", "bits_v", "sink_tokens", "residual_window", "cache_strategy", "codec", "rotation", "scale"),
+    *("seed", "backend", "device", "check_finite"),
+)
+"""Always written; later settings only where they differ from what version 1 did."""
+AS_IN_VERSION_1: dict[str, Any] = {"offsets": "off"}
 SAMPLED_PARAMETERS = 3
 SAMPLED_VALUES = 64
 
@@ -69,7 +75,12 @@ def save(cache: Any, path: str | PathLike[str], model: Any) -> None:
         held, about = export_layer(layer.store)
         tensors.update({f"layers.{index}.{name}": tensor for name, tensor in held.items()})
         layers.append(about)
-    settings = {**cache.settings.to_dict(), "backend": None, "device": None}
+    plain = {**CacheConfig().to_dict(), **AS_IN_VERSION_1}
+    settings = {
+        name: value
+        for name, value in {**cache.settings.to_dict(), "backend": None, "device": None}.items()
+        if name in SETTINGS_OF_VERSION_1 or value != plain[name]
+    }
     made_for = fingerprint(model) if model is not None else cache.made_for
     write_file(path, tensors, {"settings": settings, "layers": layers, "model": made_for})
 
@@ -83,7 +94,7 @@ def load(cls: type[CacheT], path: str | PathLike[str], model: Any) -> CacheT:
     tensors, header = read_file(path)
     try:
         settings, layers, made_for = header["settings"], header["layers"], header["model"]
-        config = CacheConfig.from_dict(settings)
+        config = CacheConfig.from_dict({**AS_IN_VERSION_1, **settings})
     except (KeyError, ConfigError) as error:
         raise CorruptFileError(
             f"{path}: the header is incomplete or holds an unknown setting: {error}"

@@ -1,0 +1,196 @@
+"""One offset per KV head and sequence, taken off all its keys (or values) before anything is kept.
+
+    softmax(<q, k_t>)        = softmax(<q, k_t - o>)        the same number goes off every logit
+    sum_t p_t v_t            = o + sum_t p_t (v_t - o)      as the p_t add up to 1
+
+Both are exact for any o, so a bad estimate costs quality, never correctness. The error of a code is
+proportional to the norm of what is coded: where keys share a large constant (the key biases of Qwen-type
+models do that) little is left of the norm, and of the error, without it.
+
+The estimate is frozen at the layer's first compression from the tokens that go into pages there; every
+s-th of them, so that at most `MOST_TOKENS` are looked at. It is their mean, but
+
+* a token whose value repeats that of the token before it does not count (left padding, which else
+  would outweigh the text), nor one whose norm is more than twice the median (attention sinks), nor one
+  that holds NaN or inf;
+* each coordinate j is shrunk by max(0, 1 - (a_j - b_j)^2 / m_j^2), a and b being the means of the first
+  and the second half and m that of all: RoPE turns a constant of the key projection once every so many
+  tokens, and a mean that moves within the prefill will have moved away later;
+* a head with fewer than `LEAST_TOKENS` tokens that count gets the offset 0, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tqai.backends.base import Attended, ExactTokens
+
+__all__ = ["LEAST_GAIN", "LEAST_TOKENS", "MOST_TOKENS", "Offsets", "estimate"]
+
+MOST_TOKENS = 1024
+LEAST_TOKENS = 16
+LEAST_GAIN = 1 / 32
+"""With "auto" a head takes part if an offset made of the first half of the tokens takes this share off the
+energy of the second half. A share g is worth 0.72 g bits per value and the offset costs 16 / tokens of them
+(in a half-precision model), so this pays from about 700 tokens on; where there is no mean to be found,
+that measure comes out below 0, not above."""
+REPEATED = 1e-3
+OUTLIER = 4.0
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """The offsets of one layer, in the dtype of its tokens; None on a side that does without.
+
+    Attributes:
+        keys: `[batch, kv_heads, 1, head_dim]`.
+        values: `[batch, kv_heads, 1, value_head_dim]`.
+    """
+
+    keys: Tensor | None
+    values: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(part.nbytes for part in (self.keys, self.values) if part is not None)
+
+    def taken_off(self, tokens: ExactTokens) -> ExactTokens:
+        """`tokens` without the offsets, in their dtype: new tensors where there is an offset.
+
+        Rounded once to that dtype, so exact where a coordinate lies between half and twice its offset
+        (Sterbenz), and within half a unit in the last place elsewhere.
+        """
+        return ExactTokens(_sum(tokens.keys, self.keys, -1), _sum(tokens.values, self.values, -1))
+
+    def put_back(self, tokens: ExactTokens) -> ExactTokens:
+        """Inverse of `taken_off`, but for rounding."""
+        return ExactTokens(_sum(tokens.keys, self.keys, 1), _sum(tokens.values, self.values, 1))
+
+    def corrected(self, attended: Attended, query: Tensor, scaling: float | None, masked: bool) -> Attended:
+        """Attention over the true tokens, of attention over tokens without offsets.
+
+        `masked` says that a query may see nothing at all; its output stays 0 and its lse -inf. Where
+        `scaling` is None nobody reads the lse, and it stays that of keys without offsets.
+        """
+        out, lse = attended
+        if self.values is not None:
+            by_head = out.unflatten(1, (self.values.shape[1], -1))
+            shifted = _sum(by_head, self.values.unsqueeze(2), 1).flatten(1, 2)
+            out = torch.where(lse.isneginf().unsqueeze(-1), out, shifted) if masked else shifted
+        if self.keys is not None and scaling is not None:
+            by_head = query.float().unflatten(1, (self.keys.shape[1], -1))
+            shift = (by_head * self.keys.float().unsqueeze(2)).sum(-1).flatten(1, 2)
+            lse = lse + scaling * shift
+        return Attended(out, lse)
+
+    def select(self, rows: Tensor) -> Offsets:
+        """The offsets of sequences `rows` (int64, on the device)."""
+        return Offsets(*(None if part is None else part.index_select(0, rows) for part in self._parts()))
+
+    def _parts(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.keys, self.values
+
+
+def estimate(tokens: ExactTokens, mode: str, of_keys: bool = True) -> Offsets | None:
+    """Offsets from `tokens` `[batch, kv_heads, count, head_dim]`; None where no head is to have one.
+
+    `mode` is "on" or "auto" (see `LEAST_GAIN`); without `of_keys`, only of the values.
+    """
+    step = -(-tokens.keys.shape[2] // MOST_TOKENS)
+    keys, values = (_Side.of(part[:, :, ::step].detach()) for part in tokens)
+    fresh = _fresh(values.unit)
+    of_both = (_of_side(keys, fresh, mode) if of_keys else None, _of_side(values, fresh, mode))
+    return None if of_both == (None, None) else Offsets(*of_both)
+
+
+def _fresh(values: Tensor) -> Tensor:
+    """Bool `[batch, 1, count]`: tokens whose values, over all heads, are not those of the token before."""
+    change = (values[:, :, 1:] - values[:, :, :-1]).square().sum((1, 3))
+    power = values[:, :, 1:].square().sum((1, 3))
+    repeated = torch.nn.functional.pad(change <= REPEATED * power, (1, 0), value=False)
+    return ~repeated.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Keys or values `[batch, kv_heads, count, head_dim]`, scaled so that squares of huge and tiny numbers
+    neither overflow nor vanish.
+
+    Attributes:
+        unit: float32, divided by `largest`; 0 for tokens that hold NaN or inf.
+        finite: bool `[batch, kv_heads, count]`, the other tokens.
+        largest: float32 `[batch, kv_heads, 1, 1]`, the largest absolute coordinate.
+        dtype: of the tokens.
+    """
+
+    unit: Tensor
+    finite: Tensor
+    largest: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> _Side:
+        finite = torch.isfinite(tokens).all(-1)
+        unit = torch.where(finite.unsqueeze(-1), tokens, 0.0).float()
+        largest = unit.abs().amax((2, 3), keepdim=True)
+        return cls(unit / torch.where(largest > 0, largest, 1.0), finite, largest, tokens.dtype)
+
+
+def _of_side(side: _Side, fresh: Tensor, mode: str) -> Tensor | None:
+    """The offset `[batch, kv_heads, 1, head_dim]` of one side, or None."""
+    power = side.unit.square().sum(-1)
+    counts = fresh & side.finite
+    median = torch.where(counts, power, torch.nan).nanmedian(-1, keepdim=True).values
+    counts = counts & (power <= OUTLIER * median)
+    # what is subtracted must not carry a coordinate out of the dtype's range
+    in_range = side.largest.flatten(1) <= torch.finfo(side.dtype).max / 4
+    used = in_range & (counts.sum(-1) >= LEAST_TOKENS)
+    if mode == "auto":
+        used &= _gain(side.unit, power, counts) > LEAST_GAIN
+    mean = _shrunken_mean(side.unit, counts) * side.largest
+    return torch.where(used[..., None, None], mean, 0.0).to(side.dtype) if bool(used.any()) else None
+
+
+def _gain(tokens: Tensor, power: Tensor, counts: Tensor) -> Tensor:
+    """`[batch, kv_heads]`: share of the second half's energy that an offset made of the first takes off."""
+    first, second = _halves(counts)
+    offset = _shrunken_mean(tokens, first)
+    left = (tokens - offset).square().sum(-1)
+    before = (power * second).sum(-1)
+    return 1 - (left * second).sum(-1) / torch.where(before > 0, before, 1.0)
+
+
+def _shrunken_mean(tokens: Tensor, counts: Tensor) -> Tensor:
+    """Mean `[batch, kv_heads, 1, head_dim]` of the tokens that count, shrunk where its halves disagree."""
+    whole = _mean(tokens, counts)
+    first, second = (_mean(tokens, half) for half in _halves(counts))
+    square = whole.square()
+    shrink = 1 - (first - second).square() / torch.where(square > 0, square, 1.0)
+    return whole * shrink.clamp(0.0, 1.0)
+
+
+def _halves(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The earlier and the later half of the tokens that count."""
+    order = counts.cumsum(-1)
+    early = 2 * order <= order[..., -1:]
+    return counts & early, counts & ~early
+
+
+def _mean(tokens: Tensor, counts: Tensor) -> Tensor:
+    weights = counts.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * weights).sum(2, keepdim=True) / weights.sum(2, keepdim=True).clamp_min(1.0)
+
+
+def _sum(tokens: Tensor, offset: Tensor | None, sign: int) -> Tensor:
+    if offset is None:
+        return tokens
+    total = torch.add(tokens, offset, alpha=sign)
+    if total.dtype == torch.float16:
+        # the only dtype whose range real tokens come near to
+        limit = torch.finfo(torch.float16).max
+        total = total.clamp(-limit, limit)
+    return total
