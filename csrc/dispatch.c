@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "isa.h"
+#include "layout.h"
 
 static const tqai_kernels *_Atomic chosen;
 
@@ -31,6 +32,11 @@ const tqai_kernels *tqai_chosen(void) {
     for (size_t i = 0; !kernels && i < sizeof best / sizeof *best; i++) kernels = find(best[i]);
     atomic_store(&chosen, kernels);
     return kernels;
+}
+
+int tqai_serves(const tqai_codec *codec) {
+    if (!tqai_served_dim(codec->head_dim) || codec->kind < 0 || codec->kind >= TQAI_KINDS) return 0;
+    return codec->kind == TQAI_SCALAR ? tqai_served_bits(codec->bits) : tqai_chosen()->steps[codec->kind] != NULL;
 }
 
 int32_t tqai_abi(void) { return TQAI_ABI; }

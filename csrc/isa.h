@@ -24,16 +24,35 @@ typedef struct {
     int first; /* tokens before this one are out of sight */
 } block_mask;
 
+/* The seam for a codec whose levels are not one table lookup per code. Its file provides these steps for one
+ * or more instruction sets; table.inc.h enters them under the codec's kind (tqai.h), and kinds without steps
+ * are refused. The page loop, the products, the softmax and the merge stay as they are: before the products a
+ * page side is unpacked, once per call for all query rows (at most MAX_ROWS), into
+ *
+ *   level [2 * head_dim units][32]    int16, 64-byte aligned, units and elements as layout.h draws them:
+ *       keys     unit 4 p + g,             element 2 t + j:  token 16 g + t,  dim 2 p + j
+ *       values   unit 128 c + n p + g,     element 2 t + j:  token 2 p + j,   dim 64 c + 16 g + t
+ *
+ * whole numbers of codec->level_step within +-8191, codec->largest_sum as for scalar codes (tqai.h). How the
+ * codes lie inside the code part of the page is the codec's own affair. */
+typedef struct {
+    void (*unpack)(const tqai_codec *codec, int is_value, const uint8_t *codes, int16_t *level);
+    void (*encode_side)(const tqai_codec *codec, int is_value, const void *rows, int64_t row_stride, int dtype,
+                        uint8_t *codes, uint16_t *scales); /* as in tqai_kernels */
+    void (*decode_side)(const tqai_codec *codec, int is_value, const uint8_t *codes, const uint16_t *scales,
+                        int dtype, void *out);
+} tqai_codec_steps;
+
 typedef struct {
     const char *name;
     /* dots[r * BLOCK_TOKENS + t] = sum over d of q[r * head_dim + d] * level(key t, dim d); 64 tokens.
-     * `next` (any address): what will be read next is prefetched from there, as codes are read. */
+     * `next` (any address): codes to come are prefetched from there, byte for byte as codes are read. */
     void (*key_dots)(const tqai_codec *codec, const uint8_t *codes, const uint8_t *next, const int16_t *q, int rows,
                      int32_t *dots);
     /* acc[r * head_dim + d] += step[r] * sum over pages, t of w[r * BLOCK_TOKENS + 64 page + t] * level;
-     * codes has pages + 1 entries, the last one only to prefetch from */
-    void (*value_sums)(const tqai_codec *codec, const uint8_t *const *codes, int pages, const int16_t *w,
-                       const float *step, int rows, float *acc);
+     * `next` as for key_dots, one address per page */
+    void (*value_sums)(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
+                       const int16_t *w, const float *step, int rows, float *acc);
     /* Logits, maximum, weights of one block of `tokens` (a multiple of 64). Turns dots into int16 weights
      * w (value scale included) with step[r] (level_step included), updates state, multiplies acc by the change of maximum. */
     void (*softmax_block)(const int32_t *dots, const float *factor, const float *key_scale,
@@ -53,12 +72,16 @@ typedef struct {
                         uint8_t *codes, uint16_t *scales);
     void (*decode_side)(const tqai_codec *codec, int is_value, const uint8_t *codes, const uint16_t *scales,
                         int dtype, void *out);
+    const tqai_codec_steps *steps[TQAI_KINDS]; /* by kind; null for TQAI_SCALAR and where there are none */
 } tqai_kernels;
 
 extern const tqai_kernels tqai_kernels_scalar, tqai_kernels_avx2, tqai_kernels_avx512, tqai_kernels_neon;
 
 /* The chosen table. */
 const tqai_kernels *tqai_chosen(void);
+
+/* Whether the chosen table serves a codec. */
+int tqai_serves(const tqai_codec *codec);
 
 static inline float bits_to_float(uint32_t bits) {
     union { uint32_t u; float f; } x = {.u = bits};

@@ -133,8 +133,7 @@ INLINE void values_column(const int16_t *units, int stride, const int16_t *w, in
     }
 }
 
-#include "generic.inc.h"
-
 #define KERNELS tqai_kernels_avx2
 #define KERNELS_NAME "avx2"
+#include "generic.inc.h"
 #include "table.inc.h"

@@ -27,12 +27,15 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+#define UNPACKED 16 /* "bits" of a side that a codec's own steps have unpacked to 16-bit levels (isa.h) */
+
 typedef struct {
     __m512i part[8]; /* one table of 32 levels (2 to 4 bits) or eight of them (8 bits) */
 } levels;
 
 INLINE levels load_levels(const tqai_codec *codec, int bits) {
-    levels out;
+    levels out = {{_mm512_setzero_si512()}};
+    if (bits == UNPACKED) return out;
     if (bits == 8) {
         for (int i = 0; i < 8; i++) out.part[i] = _mm512_loadu_si512(codec->levels + 32 * i);
     } else {
@@ -59,6 +62,7 @@ INLINE __m512i unit_levels(const levels *table, int bits, const uint8_t *codes, 
     const int k = bits == 3 ? 8 : 16 / bits; /* units per line */
     const __m512i line = _mm512_loadu_si512(codes + LINE_BYTES * (first * 4 / k + unit / k));
     const int down = unit % k * (16 / k);
+    if (bits == UNPACKED) return line;
     __m512i index = _mm512_srli_epi16(line, (unsigned)down);
     if (bits == 8) return look_up8(table, index);
     if (bits == 3) {
@@ -70,10 +74,12 @@ INLINE __m512i unit_levels(const levels *table, int bits, const uint8_t *codes, 
     return _mm512_permutexvar_epi16(index, table->part[0]);
 }
 
-/* The lines of four quads, 4 * first .. (of 3 bits: of the low plane; the high plane is half as long). */
-INLINE void prefetch_quads(const uint8_t *codes, int bits, int first) {
+/* The lines of four quads, 4 * first .. , into the second-level cache. */
+INLINE void prefetch_quads(const tqai_codec *codec, const uint8_t *codes, int bits, int first) {
     const int k = bits == 3 ? 8 : 16 / bits;
-    for (int i = 0; i < 16 / k; i++) _mm_prefetch((const char *)(codes + LINE_BYTES * (first * 4 / k + i)), _MM_HINT_T0);
+    if (bits == UNPACKED) return;
+    for (int i = 0; i < 16 / k; i++) _mm_prefetch((const char *)(codes + LINE_BYTES * (first * 4 / k + i)), _MM_HINT_T1);
+    if (bits == 3) _mm_prefetch((const char *)(codes + tqai_high_plane_at(codec->head_dim) + LINE_BYTES * (first / 4)), _MM_HINT_T1);
 }
 
 INLINE __m512i pair_of(const int16_t *terms) {
@@ -93,7 +99,7 @@ INLINE void key_dots_of(const tqai_codec *codec, int bits, const uint8_t *codes,
 #pragma GCC unroll 4
         for (int g = 0; g < 4; g++) sum[r][g] = _mm512_setzero_si512();
     for (int first = 0; first < dim / 2; first += 4) {
-        prefetch_quads(next, bits, first);
+        prefetch_quads(codec, next, bits, first);
 #pragma GCC unroll 4
         for (int s = 0; s < 4; s++) {
             __m512i level[4];
@@ -115,8 +121,8 @@ INLINE void key_dots_of(const tqai_codec *codec, int bits, const uint8_t *codes,
 
 /* One chunk of `groups` (1, 2 or 4) groups of 16 dims; a quad holds 4 / groups pairs of tokens. */
 INLINE void value_chunk(const tqai_codec *codec, int bits, const levels *table, const uint8_t *const *codes,
-                        int pages, const int16_t *w, const float *step, int rows, int chunk, int groups,
-                        float *acc) {
+                        const uint8_t *const *next, int pages, const int16_t *w, const float *step, int rows,
+                        int chunk, int groups, float *acc) {
     const int dim = codec->head_dim, pairs = 4 / groups;
     __m512i sum[MAX_ROWS][4];
 #pragma GCC unroll 4
@@ -127,7 +133,7 @@ INLINE void value_chunk(const tqai_codec *codec, int bits, const levels *table, 
         const uint8_t *high = codes[page] + tqai_high_plane_at(dim);
         const int16_t *weight = w + TQAI_PAGE_TOKENS * page;
         for (int quad = 0; quad < 32 / pairs; quad += 4) {
-            prefetch_quads(codes[page + 1], bits, 32 * chunk + quad);
+            prefetch_quads(codec, next[page], bits, 32 * chunk + quad);
 #pragma GCC unroll 4
             for (int s = 0; s < 4; s++) {
                 __m512i level[4];
@@ -156,14 +162,14 @@ INLINE void value_chunk(const tqai_codec *codec, int bits, const levels *table, 
         }
 }
 
-INLINE void value_sums_of(const tqai_codec *codec, int bits, const uint8_t *const *codes, int pages,
-                          const int16_t *w, const float *step, int rows, float *acc) {
+INLINE void value_sums_of(const tqai_codec *codec, int bits, const uint8_t *const *codes, const uint8_t *const *next,
+                          int pages, const int16_t *w, const float *step, int rows, float *acc) {
     const levels table = load_levels(codec, bits);
     for (int chunk = 0; chunk < (codec->head_dim + 63) / 64; chunk++) {
         const int groups = tqai_chunk_groups(codec->head_dim, 64 * chunk);
-        if (groups == 4) value_chunk(codec, bits, &table, codes, pages, w, step, rows, chunk, 4, acc);
-        else if (groups == 2) value_chunk(codec, bits, &table, codes, pages, w, step, rows, chunk, 2, acc);
-        else value_chunk(codec, bits, &table, codes, pages, w, step, rows, chunk, 1, acc);
+        if (groups == 4) value_chunk(codec, bits, &table, codes, next, pages, w, step, rows, chunk, 4, acc);
+        else if (groups == 2) value_chunk(codec, bits, &table, codes, next, pages, w, step, rows, chunk, 2, acc);
+        else value_chunk(codec, bits, &table, codes, next, pages, w, step, rows, chunk, 1, acc);
     }
 }
 
@@ -175,12 +181,12 @@ INLINE void value_sums_of(const tqai_codec *codec, int bits, const uint8_t *cons
         key_dots_of(c, bits, codes, next, q, rows, dots);                                                           \
     }                                                                                                           \
     static __attribute__((noinline)) void values_##bits##_##rows(const tqai_codec *c, const uint8_t *const *p,  \
-                                                                 int pages, const int16_t *w, const float *step, \
-                                                                 float *acc) {                                  \
-        value_sums_of(c, bits, p, pages, w, step, rows, acc);                                                   \
+                                                                 const uint8_t *const *next, int pages,         \
+                                                                 const int16_t *w, const float *step, float *acc) { \
+        value_sums_of(c, bits, p, next, pages, w, step, rows, acc);                                             \
     }
 #define ALL_ROWS(bits) SPECIAL(bits, 1) SPECIAL(bits, 2) SPECIAL(bits, 4)
-ALL_ROWS(2) ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8)
+ALL_ROWS(2) ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8) ALL_ROWS(16)
 
 #define BY_ROWS(name, bits, ...)                       \
     do {                                               \
@@ -188,24 +194,46 @@ ALL_ROWS(2) ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8)
         else if (rows == 2) name##_##bits##_2(__VA_ARGS__); \
         else name##_##bits##_1(__VA_ARGS__);           \
     } while (0)
-#define BY_BITS(name, ...)                              \
-    switch (codec->bits) {                              \
+#define BY_BITS(name, bits, ...)                        \
+    switch (bits) {                                   \
         case 2: BY_ROWS(name, 2, __VA_ARGS__); break;   \
         case 3: BY_ROWS(name, 3, __VA_ARGS__); break;   \
         case 4: BY_ROWS(name, 4, __VA_ARGS__); break;   \
         default: BY_ROWS(name, 8, __VA_ARGS__); break;  \
     }
 
-static void key_dots(const tqai_codec *codec, const uint8_t *codes, const uint8_t *next, const int16_t *q, int rows,
-                     int32_t *dots) {
-    BY_BITS(keys, codec, codes, next, q, dots)
-}
-
-static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, int pages, const int16_t *w,
-                       const float *step, int rows, float *acc) {
-    BY_BITS(values, codec, codes, pages, w, step, acc)
-}
-
 #define KERNELS tqai_kernels_avx512
 #define KERNELS_NAME "avx512"
+
+static void prefetch_side(const tqai_codec *codec, const uint8_t *codes) {
+    for (int i = 0; i < 8 * codec->head_dim * codec->bits; i += LINE_BYTES) _mm_prefetch((const char *)codes + i, _MM_HINT_T1);
+}
+
+static void key_dots(const tqai_codec *codec, const uint8_t *codes, const uint8_t *next, const int16_t *q, int rows,
+                     int32_t *dots) {
+    if (codec->kind != TQAI_SCALAR) {
+        _Alignas(64) int16_t level[2 * TQAI_MAX_HEAD_DIM * UNIT];
+        KERNELS.steps[codec->kind]->unpack(codec, 0, codes, level);
+        prefetch_side(codec, next);
+        BY_ROWS(keys, 16, codec, (const uint8_t *)level, (const uint8_t *)level, q, dots);
+        return;
+    }
+    BY_BITS(keys, codec->bits, codec, codes, next, q, dots)
+}
+
+static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
+                       const int16_t *w, const float *step, int rows, float *acc) {
+    if (codec->kind != TQAI_SCALAR) {
+        _Alignas(64) int16_t level[2 * TQAI_MAX_HEAD_DIM * UNIT];
+        const uint8_t *const unpacked = (const uint8_t *)level;
+        for (int page = 0; page < pages; page++) {
+            KERNELS.steps[codec->kind]->unpack(codec, 1, codes[page], level);
+            prefetch_side(codec, next[page]);
+            BY_ROWS(values, 16, codec, &unpacked, &unpacked, 1, w + TQAI_PAGE_TOKENS * page, step, acc);
+        }
+        return;
+    }
+    BY_BITS(values, codec->bits, codec, codes, next, pages, w, step, acc)
+}
+
 #include "table.inc.h"

@@ -52,8 +52,7 @@ static void values_column(const int16_t *restrict units, int stride, const int16
         }
 }
 
-#include "generic.inc.h"
-
 #define KERNELS tqai_kernels_scalar
 #define KERNELS_NAME "scalar"
+#include "generic.inc.h"
 #include "table.inc.h"

@@ -20,14 +20,29 @@ static const void *row_at(const tqai_source *s, int64_t page, int64_t head) {
     return (const char *)s->data + (page * s->strides[0] + head * s->strides[1]) * (s->dtype == TQAI_FLOAT32 ? 4 : 2);
 }
 
+static int served(const tqai_page_format *f) { return tqai_serves(&f->key) && tqai_serves(&f->value); }
+
+/* What encodes and decodes a side: the codec's own steps, or those of scalar codes. */
+static void encode_side(const tqai_kernels *kernels, const tqai_codec *codec, int is_value, const void *rows,
+                        int64_t row_stride, int dtype, uint8_t *codes, uint16_t *scales) {
+    const tqai_codec_steps *steps = kernels->steps[codec->kind];
+    (steps ? steps->encode_side : kernels->encode_side)(codec, is_value, rows, row_stride, dtype, codes, scales);
+}
+
+static void decode_side(const tqai_kernels *kernels, const tqai_codec *codec, int is_value, const uint8_t *codes,
+                        const uint16_t *scales, int dtype, void *out) {
+    const tqai_codec_steps *steps = kernels->steps[codec->kind];
+    (steps ? steps->decode_side : kernels->decode_side)(codec, is_value, codes, scales, dtype, out);
+}
+
 static void encode_task(void *context, int task) {
     const job *j = context;
     const tqai_page_format *f = j->format;
     for (int64_t i = task * j->chunk; i < (task + 1) * j->chunk && i < j->total; i++) {
         uint8_t *page = j->pages + i * f->page_bytes;
-        j->kernels->encode_side(&f->key, 0, row_at(j->keys, i / j->heads, i % j->heads), j->keys->strides[2],
+        encode_side(j->kernels, &f->key, 0, row_at(j->keys, i / j->heads, i % j->heads), j->keys->strides[2],
                                 j->keys->dtype, page, (uint16_t *)(page + f->key_scales_at));
-        j->kernels->encode_side(&f->value, 1, row_at(j->values, i / j->heads, i % j->heads), j->values->strides[2],
+        encode_side(j->kernels, &f->value, 1, row_at(j->values, i / j->heads, i % j->heads), j->values->strides[2],
                                 j->values->dtype, page + f->value_codes_at, (uint16_t *)(page + f->value_scales_at));
     }
 }
@@ -39,17 +54,12 @@ static void decode_task(void *context, int task) {
     for (int64_t i = task * j->chunk; i < (task + 1) * j->chunk && i < j->total; i++) {
         const uint8_t *page = j->raw + i * f->page_bytes;
         if (j->out_keys)
-            j->kernels->decode_side(&f->key, 0, page, (const uint16_t *)(page + f->key_scales_at), j->dtype,
+            decode_side(j->kernels, &f->key, 0, page, (const uint16_t *)(page + f->key_scales_at), j->dtype,
                                     (char *)j->out_keys + i * size * f->key.head_dim);
         if (j->out_values)
-            j->kernels->decode_side(&f->value, 1, page + f->value_codes_at, (const uint16_t *)(page + f->value_scales_at),
+            decode_side(j->kernels, &f->value, 1, page + f->value_codes_at, (const uint16_t *)(page + f->value_scales_at),
                                     j->dtype, (char *)j->out_values + i * size * f->value.head_dim);
     }
-}
-
-static int served(const tqai_page_format *f) {
-    return tqai_served_dim(f->key.head_dim) && tqai_served_dim(f->value.head_dim) && tqai_served_bits(f->key.bits) &&
-           tqai_served_bits(f->value.bits);
 }
 
 static void spread(job *j, int threads, tqai_task task) {

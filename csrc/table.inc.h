@@ -10,4 +10,5 @@ const tqai_kernels KERNELS = {
     .from_float = from_float,
     .encode_side = encode_side,
     .decode_side = decode_side,
+    .steps = {[TQAI_SCALAR] = NULL},
 };

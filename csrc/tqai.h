@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define TQAI_ABI 1
+#define TQAI_ABI 2
 #define TQAI_PAGE_TOKENS 64
 #define TQAI_MAX_HEAD_DIM 256
 
@@ -34,6 +34,9 @@ enum {
     TQAI_NO_MEMORY = 4
 };
 
+/* How codes become levels (codecs in isa.h). */
+enum { TQAI_SCALAR = 0, TQAI_KINDS = 1 };
+
 /* One side (keys or values) of a page: what core.scalar.ScalarCodec knows, as plain arrays. */
 typedef struct {
     int32_t head_dim;         /* a multiple of 16 up to 256, with (head_dim / 16) % 4 != 3 */
@@ -49,6 +52,8 @@ typedef struct {
     float level_step;
     float largest_sum;        /* of the absolute factors of levels: an int32 holds (2^31 - 1) / max level */
     float normaliser;         /* of the Hadamard rotation: 1/sqrt(d)^rounds */
+    int32_t kind;             /* TQAI_SCALAR, or a kind whose steps this build has (isa.h) */
+    const void *tables;       /* of that kind; null for TQAI_SCALAR */
 } tqai_codec;
 
 typedef struct {
@@ -69,6 +74,7 @@ typedef struct {
     const tqai_page_format *format;
     const int64_t *addresses;  /* [batch][>= pages]: address of KV head 0 of each page */
     int64_t address_stride;
+    const int32_t *counts;     /* null, or [batch]: pages of each sequence, 0 to pages; further addresses are not read */
     const void *query;         /* [batch][kv_heads * group][new_tokens][key.head_dim] */
     int64_t query_strides[3];
     void *out;                 /* [batch][kv_heads * group][new_tokens][value.head_dim], dense */

@@ -128,12 +128,12 @@ class NativeBackend:
         Raises:
             InputError: a shape, dtype, device, length or page address does not fit.
         """
-        if history.counts is not None:
-            first = 0 if sinks is None else sinks.keys.shape[2]
-            mask = within_counts(history, mask, first, query.shape[2], recent.keys.shape[2])
         if torch.compiler.is_compiling():
             from tqai.backends.native.op import attend_traced
 
+            if history.counts is not None:
+                first = 0 if sinks is None else sinks.keys.shape[2]
+                mask = within_counts(history, mask, first, query.shape[2], recent.keys.shape[2])
             return attend_traced(query, history, sinks, recent, mask, scaling, softcap)
         check_attend(query, history, sinks, recent, mask)
         if query.shape[2] > MAX_NEW_TOKENS:
@@ -172,6 +172,8 @@ class NativeBackend:
         if pages:
             args.addresses = addresses.data_ptr()
             args.address_stride = addresses.stride(0)
+        counts = history.counts
+        args.counts = None if counts is None else counts.data_ptr()
         args.first_token = history.first_token
         args.query = query.data_ptr()
         args.query_strides[:] = query.stride()[:3]

@@ -61,6 +61,14 @@ def check_attend(
             _refuse("addresses", addresses, "[batch, pages or more] of int64 on the CPU")
         if addresses.shape[0] != batch or addresses.shape[1] < pages or addresses.stride(1) != 1:
             _refuse("addresses", addresses, f"[{batch}, {pages} or more], rows dense")
+        counts = history.counts
+        if counts is not None and (
+            counts.dtype != torch.int32
+            or counts.device.type != "cpu"
+            or counts.shape != (batch,)
+            or not counts.is_contiguous()
+        ):
+            _refuse("counts", counts, f"[{batch}] of int32 on the CPU")
         for slab in history.slabs:
             if (
                 slab.dtype != torch.uint8

@@ -44,6 +44,8 @@ class CodecStruct(ctypes.Structure):
         ("level_step", _f32),
         ("largest_sum", _f32),
         ("normaliser", _f32),
+        ("kind", _i32),
+        ("tables", _pointer),
     ]
 
 
@@ -82,6 +84,7 @@ class AttendArgs(ctypes.Structure):
         ("format", _pointer),
         ("addresses", _pointer),
         ("address_stride", _i64),
+        ("counts", _pointer),
         ("query", _pointer),
         ("query_strides", _i64 * 3),
         ("out", _pointer),

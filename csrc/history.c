@@ -1,0 +1,94 @@
+/* history.c: the page loop. One task attends to some pages of some heads of a sequence.
+ *
+ * Memory holds the records of all heads of a page side by side. A task takes blocks of pages in order and
+ * within a block head after head, while it prefetches the next block in the order of memory:
+ *
+ *   block 0          head 0: page 0 1 .. 7   head 1: page 0 1 .. 7   ...         computed
+ *   prefetched       page 8: head 0 1 2 ..   page 9: head 0 1 2 ..   ...         one record for one record
+ *
+ * so that what comes from memory comes as one stream, which is twice as fast as by heads.
+ */
+#include "job.h"
+
+typedef struct {
+    const uint8_t *page[BLOCK_PAGES]; /* of the first head of the task */
+    int pages;
+} block;
+
+static block block_at(const job *j, int batch, int first_head, int start, int end) {
+    const int64_t *addresses = j->args->addresses + batch * j->args->address_stride;
+    block b = {.pages = end - start < BLOCK_PAGES ? end - start : BLOCK_PAGES};
+    for (int p = 0; p < b.pages; p++)
+        b.page[p] = (const uint8_t *)(intptr_t)addresses[start + p] + first_head * j->args->format->page_bytes;
+    return b;
+}
+
+static inline void scales_to_float(const uint8_t *from, float by, float *restrict to) {
+    const uint16_t *restrict scale = (const uint16_t *)from;
+    for (int t = 0; t < TQAI_PAGE_TOKENS; t++) to[t] = bits_to_float((uint32_t)scale[t] << 16) * by;
+}
+
+/* One head of a block. `next` has `pages` addresses of records to prefetch. */
+static void head_block(const job *j, const place *at, const uint8_t *const *page, const uint8_t *const *next, int pages,
+                       int first, int64_t column) {
+    const tqai_attend_args *a = j->args;
+    const tqai_page_format *f = a->format;
+    _Alignas(64) int32_t dots[MAX_ROWS * BLOCK_TOKENS];
+    _Alignas(64) int16_t w[MAX_ROWS * BLOCK_TOKENS];
+    _Alignas(64) float key_scale[BLOCK_TOKENS], value_scale[BLOCK_TOKENS];
+    float step[MAX_ROWS];
+    const uint8_t *values[BLOCK_PAGES], *next_values[BLOCK_PAGES];
+    for (int p = 0; p < pages; p++) {
+        values[p] = page[p] + f->value_codes_at;
+        next_values[p] = next[p] + f->value_codes_at;
+        scales_to_float(page[p] + f->key_scales_at, 1.0f, key_scale + TQAI_PAGE_TOKENS * p);
+        scales_to_float(page[p] + f->value_scales_at, VALUE_DOWN, value_scale + TQAI_PAGE_TOKENS * p);
+        __builtin_prefetch(next[p] + f->key_scales_at, 0, 2);
+        __builtin_prefetch(next[p] + f->key_scales_at + 64, 0, 2);
+        __builtin_prefetch(next[p] + f->value_scales_at, 0, 2);
+        __builtin_prefetch(next[p] + f->value_scales_at + 64, 0, 2);
+    }
+    for (int r = 0, rows; r < j->rows; r += rows) {
+        rows = tqai_block_rows(j->rows - r);
+        const size_t query = (size_t)at->pair * (size_t)j->rows + (size_t)r, row = at->first_row + (size_t)r;
+        const int16_t *q = j->q + query * (size_t)f->key.head_dim;
+        for (int p = 0; p < pages; p++)
+            j->kernels->key_dots(&f->key, page[p], next[p], q, rows, dots + TQAI_PAGE_TOKENS * p);
+        block_mask mask = {.stride = a->mask_strides[3], .first = first};
+        for (int i = 0; i < rows; i++) mask.row[i] = tqai_mask_at(j, at, r + i, column);
+        float *acc = j->acc + row * (size_t)f->value.head_dim;
+        j->kernels->softmax_block(dots, j->factor + query, key_scale, value_scale, &f->value,
+                                  a->mask || first ? &mask : NULL, a->softcap, TQAI_PAGE_TOKENS * pages, rows,
+                                  j->state + row, acc, w, step);
+        j->kernels->value_sums(&f->value, values, next_values, pages, w, step, rows, acc);
+    }
+}
+
+void tqai_history_part(const job *j, int batch, int first_head, int last_head, int part) {
+    const tqai_attend_args *a = j->args;
+    const int64_t record = a->format->page_bytes;
+    const int heads = last_head - first_head, pages = a->counts ? a->counts[batch] : a->pages;
+    const int begin = (int)((int64_t)pages * part / j->history_parts);
+    const int end = (int)((int64_t)pages * (part + 1) / j->history_parts);
+    block now = block_at(j, batch, first_head, begin, end);
+    for (int start = begin; start < end; start += BLOCK_PAGES) {
+        const block next = start + BLOCK_PAGES < end ? block_at(j, batch, first_head, start + BLOCK_PAGES, end) : now;
+        const int64_t column = a->exact[0].tokens + (int64_t)start * TQAI_PAGE_TOKENS - a->first_token;
+        int to_page = 0, to_head = 0; /* the record to prefetch next */
+        for (int h = 0; h < heads; h++) {
+            const uint8_t *page[BLOCK_PAGES], *ahead[BLOCK_PAGES];
+            for (int p = 0; p < now.pages; p++) {
+                page[p] = now.page[p] + h * record;
+                ahead[p] = next.page[to_page] + to_head * record;
+                if (++to_head == heads) {
+                    to_head = 0;
+                    if (to_page + 1 < next.pages) to_page++;
+                }
+            }
+            const place at = tqai_place_of(j, batch, first_head + h, part);
+            tqai_rotate_queries(j, &at);
+            head_block(j, &at, page, ahead, now.pages, start == 0 ? a->first_token : 0, column);
+        }
+        now = next;
+    }
+}

@@ -1,0 +1,54 @@
+/* job.h: one call of tqai_attend while it runs; shared by attend.c, query.c and history.c.
+ *
+ * A pair is one KV head of one sequence; its rows are the query rows that read it:
+ *
+ *   row r = query head in group * new_tokens + new token
+ *   part  acc [rows][value_dim] | state [rows]         un-normalised, values times 2^-24
+ */
+#ifndef TQAI_JOB_H
+#define TQAI_JOB_H
+
+#include <stdatomic.h>
+
+#include "isa.h"
+
+typedef struct {
+    const tqai_attend_args *args;
+    const tqai_kernels *kernels;
+    int rows, parts, history_parts; /* parts of one pair: those of the history, then the exact tokens if any */
+    int head_groups;                /* a history task computes one part of every head of a group */
+    float *acc;                     /* [pairs][parts][rows][value_dim] */
+    row_state *state;               /* [pairs][parts][rows] */
+    int16_t *q;                     /* [pairs][rows][key_dim], rotated */
+    float *factor;                  /* [pairs][rows]: what a dot product with q is to be multiplied by */
+    atomic_int *rotated;            /* [pairs]: 0 not yet, 1 somebody is at it, 2 q and factor are there */
+    atomic_int *finished;           /* [pairs]: history parts that are done */
+} job;
+
+typedef struct {
+    int batch, head, pair, part;
+    size_t first_row; /* index of row 0 of this part in acc and state */
+} place;
+
+place tqai_place_of(const job *j, int batch, int head, int part);
+
+/* Query row `row` of a pair, scaled, as floats. */
+void tqai_load_query(const job *j, const place *at, int row, float *to);
+
+/* See to it that q and factor of the pair are there. */
+void tqai_rotate_queries(const job *j, const place *at);
+
+/* Mask bytes of `row` at column `column`, or null. */
+const uint8_t *tqai_mask_at(const job *j, const place *at, int row, int64_t column);
+
+/* One part of the history for heads first_head .. last_head - 1 of a sequence. */
+void tqai_history_part(const job *j, int batch, int first_head, int last_head, int part);
+
+static inline const char *tqai_element(const void *base, int dtype, int64_t elements) {
+    return (const char *)base + elements * (dtype == TQAI_FLOAT32 ? 4 : 2);
+}
+
+/* How many of `left` rows the next kernel call takes. */
+static inline int tqai_block_rows(int left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+#endif

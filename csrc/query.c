@@ -1,0 +1,77 @@
+/* query.c: query rows as the kernels want them. */
+#include <math.h>
+#include <sched.h>
+#include <string.h>
+
+#include "job.h"
+
+place tqai_place_of(const job *j, int batch, int head, int part) {
+    const int pair = batch * j->args->kv_heads + head;
+    return (place){batch, head, pair, part, ((size_t)pair * (size_t)j->parts + (size_t)part) * (size_t)j->rows};
+}
+
+void tqai_load_query(const job *j, const place *at, int row, float *to) {
+    const tqai_attend_args *a = j->args;
+    const int64_t head = (int64_t)at->head * a->group + row / a->new_tokens;
+    const int64_t offset = at->batch * a->query_strides[0] + head * a->query_strides[1] +
+                           row % a->new_tokens * a->query_strides[2];
+    const int dim = a->format->key.head_dim;
+    j->kernels->to_float(tqai_element(a->query, a->query_dtype, offset), a->query_dtype, dim, to);
+    for (int d = 0; d < dim; d++) to[d] *= a->scaling;
+}
+
+const uint8_t *tqai_mask_at(const job *j, const place *at, int row, int64_t column) {
+    const tqai_attend_args *a = j->args;
+    if (!a->mask) return NULL;
+    const int64_t head = (int64_t)at->head * a->group + row / a->new_tokens;
+    return a->mask + (at->batch * a->mask_strides[0] + head * a->mask_strides[1] +
+                      row % a->new_tokens * a->mask_strides[2] + column * a->mask_strides[3]);
+}
+
+/* Rotate the queries and round them to int16, so finely that an int32 holds every dot product. */
+static void rotate(const job *j, const place *at) {
+    const tqai_codec *key = &j->args->format->key;
+    const int dim = key->head_dim;
+    float x[16 * TQAI_MAX_HEAD_DIM], row[TQAI_MAX_HEAD_DIM];
+    const int lanes = j->rows <= 4 ? 4 : 16;
+    for (int first = 0; first < j->rows; first += lanes) {
+        const int count = j->rows - first < lanes ? j->rows - first : lanes;
+        memset(x, 0, sizeof(float) * (size_t)(lanes * dim));
+        for (int l = 0; l < count; l++) {
+            tqai_load_query(j, at, first + l, row);
+            for (int d = 0; d < dim; d++) x[lanes * d + l] = row[d];
+        }
+        j->kernels->rotate(key, x, lanes, 0);
+        for (int l = 0; l < count; l++) {
+            float most = 0.0f, total = 0.0f;
+            for (int d = 0; d < dim; d++) {
+                const float magnitude = fabsf(x[lanes * d + l]);
+                most = magnitude > most ? magnitude : most;
+                total += magnitude;
+            }
+            const size_t index = (size_t)at->pair * (size_t)j->rows + (size_t)(first + l);
+            int16_t *q = j->q + index * (size_t)dim;
+            float *factor = j->factor + index;
+            if (!(total < INFINITY) || most < 0x1p-100f) {
+                memset(q, 0, sizeof *q * (size_t)dim);
+                *factor = total < INFINITY ? 0.0f : NAN;
+                continue;
+            }
+            const float up = fminf(32767.0f / most, key->largest_sum / total);
+            for (int d = 0; d < dim; d++) q[d] = (int16_t)lrintf(x[lanes * d + l] * up);
+            *factor = key->level_step / up;
+        }
+    }
+}
+
+void tqai_rotate_queries(const job *j, const place *at) {
+    atomic_int *state = &j->rotated[at->pair];
+    if (atomic_load_explicit(state, memory_order_acquire) == 2) return;
+    int none = 0;
+    if (atomic_compare_exchange_strong(state, &none, 1)) {
+        rotate(j, at);
+        atomic_store_explicit(state, 2, memory_order_release);
+        return;
+    }
+    while (atomic_load_explicit(state, memory_order_acquire) != 2) sched_yield(); /* a microsecond or two */
+}
