@@ -11,15 +11,21 @@ import tqai
 NAMES = [
     "PRESETS",
     "CacheConfig",
+    "CodebookRegistry",
     "PolarQuantizer",
     "TqaiError",
     "TurboQuantCache",
+    "TurboQuantConfig",
     "TurboQuantIP",
     "TurboQuantMSE",
     "TurboQuantProd",
     "__version__",
+    "compress_activations",
+    "compute_memory_bytes",
+    "convert",
     "errors",
     "patch",
+    "solve_codebook",
     "unpatch",
 ]
 

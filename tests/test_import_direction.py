@@ -13,6 +13,7 @@ HEIGHTS = {
     "config": 1,
     "core": 2,
     "backends": 3,
+    "activations": 4,
     "quantizers": 4,
     "cache": 4,
     "integrations": 5,

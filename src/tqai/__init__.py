@@ -15,39 +15,59 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tqai import errors
-    from tqai.config import PRESETS, CacheConfig
+    from tqai.activations import compress_activations
+    from tqai.config import PRESETS, CacheConfig, TurboQuantConfig
+    from tqai.core.solvers import CodebookRegistry, solve_codebook
     from tqai.errors import TqaiError
-    from tqai.integrations.transformers import TurboQuantCache, patch, unpatch
-    from tqai.quantizers import PolarQuantizer, TurboQuantIP, TurboQuantMSE, TurboQuantProd
+    from tqai.integrations.transformers import TurboQuantCache, convert, patch, unpatch
+    from tqai.quantizers import (
+        PolarQuantizer,
+        TurboQuantIP,
+        TurboQuantMSE,
+        TurboQuantProd,
+        compute_memory_bytes,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
     "CacheConfig",
+    "CodebookRegistry",
     "PolarQuantizer",
     "TqaiError",
     "TurboQuantCache",
+    "TurboQuantConfig",
     "TurboQuantIP",
     "TurboQuantMSE",
     "TurboQuantProd",
     "__version__",
+    "compress_activations",
+    "compute_memory_bytes",
+    "convert",
     "errors",
     "patch",
+    "solve_codebook",
     "unpatch",
 ]
 
 _HOME = {
     "PRESETS": "tqai.config",
     "CacheConfig": "tqai.config",
+    "CodebookRegistry": "tqai.core.solvers",
     "PolarQuantizer": "tqai.quantizers",
     "TqaiError": "tqai.errors",
     "TurboQuantCache": "tqai.integrations.transformers",
+    "TurboQuantConfig": "tqai.config",
     "TurboQuantIP": "tqai.quantizers",
     "TurboQuantMSE": "tqai.quantizers",
     "TurboQuantProd": "tqai.quantizers",
+    "compress_activations": "tqai.activations",
+    "compute_memory_bytes": "tqai.quantizers",
+    "convert": "tqai.integrations.transformers",
     "errors": "tqai",
     "patch": "tqai.integrations.transformers",
+    "solve_codebook": "tqai.core.solvers",
     "unpatch": "tqai.integrations.transformers",
 }
 """Public name -> the module that defines it; a module in `tqai` is its own definition."""

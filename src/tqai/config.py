@@ -8,7 +8,7 @@ from typing import Any
 
 from tqai.errors import ConfigError
 
-__all__ = ["PRESETS", "STUDY_PRESETS", "CacheConfig"]
+__all__ = ["PRESETS", "STUDY_PRESETS", "CacheConfig", "TurboQuantConfig"]
 
 STRATEGIES = ("auto", "residual", "full", "incremental")
 ROTATIONS = ("auto", "haar", "hadamard", "hadamard2", "identity")
@@ -204,6 +204,10 @@ class CacheConfig:
     def with_changes(self, **changes: Any) -> CacheConfig:
         """A copy with some fields changed, validated again."""
         return replace(self, **changes)
+
+
+TurboQuantConfig = CacheConfig
+"""The name that the older tqai gave it."""
 
 
 def _preset_key(name: str) -> str:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HalfCodebook", "cell_moments", "solve"]
+__all__ = ["HalfCodebook", "cell_moments", "companding_start", "solve"]
 
 Floats = NDArray[np.float64]
 
@@ -50,7 +50,7 @@ def solve(head_dim: int, bits: int) -> HalfCodebook:
         # x is 1 or -1, so every codebook that holds both is exact: evenly spaced levels.
         levels = (2.0 * np.arange(cells, dtype=np.float64) + 1.0) / (2.0 * cells - 1.0)
         return HalfCodebook(levels, 0.0)
-    centroids = _companding_start(head_dim, cells)
+    centroids = companding_start(head_dim, cells)
     residual, jacobian = _stationarity(head_dim, centroids)
     for _ in range(NEWTON_STEPS):
         if np.max(np.abs(residual)) < STATIONARY * centroids[-1]:
@@ -121,7 +121,7 @@ def _damped(
     return centroids, residual, jacobian, False
 
 
-def _companding_start(head_dim: int, cells: int) -> Floats:
+def companding_start(head_dim: int, cells: int) -> Floats:
     """Quantiles (i + 1/2) / cells of the density proportional to f^(1/3) on [0, 1]."""
     limit = min(0.5 * math.pi, TAIL * math.sqrt(3.0 / head_dim))
     angles = np.linspace(0.0, limit, COMPANDING_STEPS + 1)

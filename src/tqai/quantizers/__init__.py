@@ -15,6 +15,7 @@ recognised where the caller has imported it.
 
 from __future__ import annotations
 
+from tqai.quantizers.memory import compute_memory_bytes
 from tqai.quantizers.mse import MSEQuantized, TurboQuantMSE
 from tqai.quantizers.polar import PolarQuantized, PolarQuantizer
 from tqai.quantizers.prod import ProdQuantized, TurboQuantIP, TurboQuantProd
@@ -27,4 +28,5 @@ __all__ = [
     "TurboQuantIP",
     "TurboQuantMSE",
     "TurboQuantProd",
+    "compute_memory_bytes",
 ]

@@ -21,10 +21,12 @@ BLOCK_VALUES = 1 << 21
 
 
 class Frame:
-    """An input array with what its results need: kind, device, leading axes, float dtype."""
+    """An input array with what its results need: kind, device (another than its own where `device` names
+    one), leading axes, float dtype."""
 
-    def __init__(self, array: Array, dim: int | None = None) -> None:
+    def __init__(self, array: Array, dim: int | None = None, device: str | None = None) -> None:
         self.torch = torch_of(array)
+        self.device = device
         self.array: Array = array
         if self.torch is None:
             self.array = np.asarray(array)
@@ -59,7 +61,7 @@ class Frame:
 
     def leave(self, result: NDArray[Any]) -> Array:
         """A result as the input's kind, on its device."""
-        return to_kind_of(self.array, result)
+        return to_kind_of(self.array, result, self.device)
 
 
 def torch_of(array: Array) -> Any:
@@ -81,12 +83,12 @@ def to_host(array: Array) -> NDArray[Any]:
     return out
 
 
-def to_kind_of(like: Array, result: NDArray[Any]) -> Array:
-    """`result` as a tensor on the device of `like` if that is a tensor, else as it is."""
+def to_kind_of(like: Array, result: NDArray[Any], device: str | None = None) -> Array:
+    """`result` as a tensor on `device` (None: that of `like`) if `like` is a tensor, else as it is."""
     torch = torch_of(like)
     if torch is None:
         return np.asarray(result)
-    return torch.from_numpy(np.asarray(result, order="C")).to(like.device)
+    return torch.from_numpy(np.asarray(result, order="C")).to(like.device if device is None else device)
 
 
 def as_real(values: NDArray[np.floating], real: type[np.floating]) -> NDArray[np.floating]:

@@ -28,6 +28,7 @@ class TurboQuantMSE:
     Args:
         dim: coordinates per vector, at least 1.
         bits: bits per coordinate, 1 to 8.
+        device: torch device of the results; None: that of the vectors. numpy arrays stay what they are.
         seed: seed of the rotation.
         rotation: "auto", "haar", "hadamard" or "hadamard2" (see `tqai.core.rotation`).
         scale: "least_squares" or "norm".
@@ -37,10 +38,17 @@ class TurboQuantMSE:
     """
 
     def __init__(
-        self, dim: int, bits: int, seed: int = 0, rotation: str = "auto", scale: str = "least_squares"
+        self,
+        dim: int,
+        bits: int = 3,
+        device: str | None = None,
+        seed: int = 0,
+        rotation: str = "auto",
+        scale: str = "least_squares",
     ) -> None:
         self.dim = dim
         self.bits = bits
+        self.device = device
         self.codec = ScalarCodec(CodecSpec("scalar", dim, bits, rotation, scale, seed))
 
     def quantize(self, vectors: Array) -> MSEQuantized:
@@ -49,7 +57,7 @@ class TurboQuantMSE:
         Raises:
             InputError: another dtype or last axis.
         """
-        frame = Frame(vectors, self.dim)
+        frame = Frame(vectors, self.dim, self.device)
         parts = [self.codec.quantize(block) for block in frame.blocks()]
         indices = frame.stack([part.indices for part in parts], self.dim)
         return MSEQuantized(indices, frame.stack([as_real(part.scales, frame.real) for part in parts]))
@@ -61,7 +69,7 @@ class TurboQuantMSE:
             InputError: an index of 2**bits or more, indices without a last axis of dim, or shapes that
                 do not belong together.
         """
-        frame = Frame(norms)
+        frame = Frame(norms, device=self.device)
         codes = to_host(indices)
         check_codes("indices", codes, (*frame.shape, self.dim))
         return frame.leave(as_real(self.codec.dequantize(Quantized(codes, frame.whole())), frame.real))

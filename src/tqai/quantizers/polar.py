@@ -29,10 +29,17 @@ class PolarQuantizer:
     """
 
     def __init__(
-        self, dim: int, bits: int, seed: int = 0, rotation: str = "auto", scale: str = "least_squares"
+        self,
+        dim: int,
+        bits: int = 3,
+        device: str | None = None,
+        seed: int = 0,
+        rotation: str = "auto",
+        scale: str = "least_squares",
     ) -> None:
         self.dim = dim
         self.bits = bits
+        self.device = device
         self.codec = make_codec(CodecSpec("scalar", dim, bits, rotation, scale, seed))
 
     @property
@@ -46,7 +53,7 @@ class PolarQuantizer:
         Raises:
             InputError: another dtype or last axis.
         """
-        frame = Frame(vectors, self.dim)
+        frame = Frame(vectors, self.dim, self.device)
         parts = [self.codec.encode(block) for block in frame.blocks()]
         scales = frame.stack([part.scales.view(np.int16) for part in parts])
         scales = scales.view(frame.torch.bfloat16) if frame.torch is not None else scales.view(np.uint16)
@@ -65,4 +72,4 @@ class PolarQuantizer:
         bits = scales if torch is None else to_host(scales.view(torch.int16)).view(np.uint16)
         packed = to_host(codes)
         check_codes("codes", packed, (*bits.shape, self.codec.row_bytes))
-        return to_kind_of(codes, self.codec.decode(Encoded(packed, bits)))
+        return to_kind_of(codes, self.codec.decode(Encoded(packed, bits)), self.device)

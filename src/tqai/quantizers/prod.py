@@ -38,7 +38,7 @@ class TurboQuantProd:
     factor pi/2 down to about 0.57.
 
     Args:
-        dim, seed, rotation, scale: as for `TurboQuantMSE`.
+        dim, device, seed, rotation, scale: as for `TurboQuantMSE`.
         bits: bits per coordinate in all, 1 to 8.
         sketch: "gaussian" as in the paper, or "orthogonal".
 
@@ -49,7 +49,8 @@ class TurboQuantProd:
     def __init__(
         self,
         dim: int,
-        bits: int,
+        bits: int = 3,
+        device: str | None = None,
         seed: int = 0,
         rotation: str = "auto",
         scale: str = "least_squares",
@@ -59,6 +60,7 @@ class TurboQuantProd:
             raise ConfigError(f"bits={bits!r}: allowed are whole numbers from 1 to {MAX_BITS}")
         self.dim = dim
         self.bits = bits
+        self.device = device
         # At bits=1 there is no first stage, but its settings are validated all the same.
         codec = ScalarCodec(CodecSpec("scalar", dim, max(bits - 1, 1), rotation, scale, seed))
         self.codec = codec if bits > 1 else None
@@ -70,7 +72,7 @@ class TurboQuantProd:
         Raises:
             InputError: another dtype or last axis.
         """
-        frame = Frame(vectors, self.dim)
+        frame = Frame(vectors, self.dim, self.device)
         parts = [self._quantize(block, frame.real) for block in frame.blocks()]
         code_bytes = packed_bytes(self.dim, self.bits - 1)
         return ProdQuantized(
@@ -80,26 +82,32 @@ class TurboQuantProd:
             frame.stack([part.residual_norms for part in parts]),
         )
 
-    def dequantize(self, quantized: ProdQuantized) -> Array:
+    def dequantize(self, quantized: ProdQuantized | Array, *parts: Array) -> Array:
         """Vectors `[..., dim]` whose inner products are unbiased, in the dtype of the norms.
+
+        Takes what `quantize` gave, whole or as its four parts.
 
         Their own squared error is larger than that of `TurboQuantMSE`: use that where it matters.
 
         Raises:
             InputError: parts whose shapes do not belong together.
         """
-        frame = Frame(quantized.norms)
+        if parts:
+            if len(parts) != len(ProdQuantized._fields) - 1:
+                raise InputError(f"{1 + len(parts)} arguments: {', '.join(ProdQuantized._fields)} are wanted")
+            quantized = ProdQuantized(quantized, *parts)
+        frame = Frame(quantized.norms, device=self.device)
         return frame.leave(as_real(self._dequantize(quantized), frame.real))
 
     def inner_product(self, y: Array, quantized: ProdQuantized) -> Array:
         """Unbiased estimates of <y, x>, `y` `[..., dim]` broadcast against the leading axes of `quantized`.
 
-        The result has the kind and device of `y`, float64 for float64 y and float32 otherwise.
+        The result has the kind of `y`, float64 for float64 y and float32 otherwise.
 
         Raises:
             InputError: a wrong last axis or dtype of y, or parts whose shapes do not belong together.
         """
-        frame = Frame(y, self.dim)
+        frame = Frame(y, self.dim, self.device)
         dots = np.einsum("...d,...d->...", frame.whole(), self._dequantize(quantized))
         return frame.leave(as_real(dots, frame.real))
 

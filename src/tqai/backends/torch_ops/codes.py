@@ -29,6 +29,8 @@ SMALLEST_NORMAL = 2.0**-126
 
 def pack(indices: Tensor, bits: int) -> Tensor:
     """Bit-pack integer `indices` `[..., n]` (0 to 2**bits - 1) into uint8 `[..., ceil(n * bits / 8)]`."""
+    if bits == 8:
+        return indices.to(torch.uint8)
     count = indices.shape[-1]
     per_word = lcm(8, bits) // bits
     word_bytes = per_word * bits // 8

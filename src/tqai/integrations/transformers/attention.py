@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from tqai.activations.rounding import LOGIT_BITS, rounded_logit_attention
 from tqai.backends.base import Attended, ExactTokens
 from tqai.backends.torch_ops.attention import attend as attend_exact
 from tqai.integrations.transformers.handles import KeyHandle, KeyValuePair, ValueHandle, plain
@@ -54,6 +55,12 @@ def tqai_attention(
     )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap, sink_logits = kwargs.get("softcap"), kwargs.get("s_aux")
+    logit_bits = getattr(module, LOGIT_BITS, None)
+    if logit_bits is not None and not unusual:
+        key, value = plain(key), plain(value)
+        mask = _explicit_mask(module, query, key.shape[2], attention_mask, kwargs)
+        out = rounded_logit_attention(query, key, value, mask, scaling, softcap, sink_logits, logit_bits)
+        return out.transpose(1, 2).contiguous(), None
     if pair is None or unusual or (pair.step.is_exact and softcap is None and sink_logits is None):
         key, value = plain(key), plain(value)
         if (softcap is None and sink_logits is None) or unusual:
@@ -62,7 +69,10 @@ def tqai_attention(
         attended = attend_exact(query, None, None, ExactTokens(key, value), mask, scaling, softcap)
     else:
         mask = _explicit_mask(module, query, pair.step.tokens, attention_mask, kwargs)
-        attended = pair.store.attend(pair.step, query, mask, scaling, softcap)
+        # only learned sinks read the log-sum-exp, and offsets make it cost something
+        without = sink_logits is None and getattr(pair.step, "offsets", None) is not None
+        options = {"with_lse": False} if without else {}
+        attended = pair.store.attend(pair.step, query, mask, scaling, softcap, **options)
     return _with_sink_logits(attended, sink_logits).transpose(1, 2).contiguous(), None
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from tqai.config import CacheConfig
 from tqai.errors import ConfigError
+from tqai.integrations.transformers.activations import ActivationStudy
 from tqai.integrations.transformers.attention import NAME, register
 from tqai.integrations.transformers.cache import TurboQuantCache
+from tqai.integrations.transformers.converted import converted_settings
 
-__all__ = ["attend_on_codes", "patch", "unpatch"]
+__all__ = ["attend_on_codes", "is_taken_over", "patch", "release_attention", "unpatch"]
 
 CACHE_IMPLEMENTATION = "turboquant"
 DYNAMIC_BY_DEFAULT = "hybrid"
@@ -20,6 +23,8 @@ DYNAMIC_BY_DEFAULT = "hybrid"
 ORIGINAL_ATTENTION = "_tqai_original_attention"
 """Attribute of a model whose attention is tqai's: what it was before. On the model, so that a copy
 of the model can be unpatched too."""
+STUDY = "_tqai_activation_study"
+"""Attribute of a patched model whose activations are rounded: the `ActivationStudy`."""
 
 
 def patch(
@@ -27,10 +32,19 @@ def patch(
     bits_k: int = 4,
     bits_v: int = 2,
     sink_tokens: int = 0,
-    residual_window: int | None = None,
-    cache_strategy: str = "auto",
     backend: str | None = None,
     device: str | None = None,
+    config_path: str | PathLike[str] | None = None,
+    compress_hidden: bool = False,
+    bits_hidden: int = 8,
+    compress_ffn: bool = False,
+    bits_ffn: int = 8,
+    compress_attn_logits: bool = False,
+    bits_attn: int = 8,
+    use_qjl: bool = False,
+    qjl_sketch_size: int = 64,
+    cache_strategy: str = "auto",
+    residual_window: int | None = None,
     *,
     config: CacheConfig | str | None = None,
     **settings: Any,
@@ -43,34 +57,52 @@ def patch(
 
     Args:
         model: a decoder-only transformers model.
+        config_path: a folder that `tqai convert` wrote; its settings are the defaults of the others.
+        compress_hidden, compress_ffn, compress_attn_logits: round activations of every forward pass until
+            `unpatch` (`integrations.transformers.activations`): a study, which saves no memory.
         config: a `CacheConfig` or the name of a preset, instead of the single settings.
         settings: further fields of `CacheConfig`; the other arguments are fields too.
 
     Raises:
-        ConfigError: a setting is out of range, or given beside `config`.
+        ConfigError: a setting is out of range, or given beside `config`; `config_path` is no such folder,
+            or belongs to a model with other shapes.
         UnsupportedError: an encoder-decoder model, or one without attention layers to compress.
     """
     given = {
         "bits_k": bits_k,
         "bits_v": bits_v,
         "sink_tokens": sink_tokens,
-        "residual_window": residual_window,
-        "cache_strategy": cache_strategy,
         "backend": backend,
         "device": device,
+        "compress_hidden": compress_hidden,
+        "bits_hidden": bits_hidden,
+        "compress_ffn": compress_ffn,
+        "bits_ffn": bits_ffn,
+        "compress_attn_logits": compress_attn_logits,
+        "bits_attn": bits_attn,
+        "use_qjl": use_qjl,
+        "qjl_sketch_size": qjl_sketch_size,
+        "cache_strategy": cache_strategy,
+        "residual_window": residual_window,
         **settings,
     }
+    defaults = CacheConfig().to_dict()
+    changed = {name: value for name, value in given.items() if value != defaults.get(name, object())}
     if config is not None:
-        defaults = CacheConfig().to_dict()
-        changed = sorted(name for name, value in given.items() if value != defaults.get(name, object()))
-        if changed:
+        beside = sorted(changed) + (["config_path"] if config_path is not None else [])
+        if beside:
             raise ConfigError(
-                f"config={config!r} is given beside {', '.join(changed)}: allowed is one of the two"
+                f"config={config!r} is given beside {', '.join(beside)}: allowed is one of the two"
             )
         given = {"config": config}
+    elif config_path is not None:
+        given = {"config": converted_settings(config_path, model), **changed}
     cache = TurboQuantCache(model, **given)
     model = _uncompiled(model)
     _unpatch_generate(model)
+    _detach_study(model)
+    if cache.settings.studies_activations:
+        setattr(model, STUDY, ActivationStudy(model, cache.settings).attach())
     model.generate = PatchedGenerate(model, model.generate, vars(model).get("generate"), cache.settings)
     return cache
 
@@ -80,10 +112,22 @@ def unpatch(model: Any) -> None:
     there is nothing to undo. Caches made before stay usable, without attention on codes."""
     model = _uncompiled(model)
     _unpatch_generate(model)
+    _detach_study(model)
+    release_attention(model)
+
+
+def release_attention(model: Any) -> None:
+    """Undo `attend_on_codes`."""
+    model = _uncompiled(model)
     original = vars(model).get(ORIGINAL_ATTENTION)
     if original is not None:
         delattr(model, ORIGINAL_ATTENTION)
         model.set_attn_implementation(original)
+
+
+def is_taken_over(model: Any) -> bool:
+    """Whether the model's attention is tqai's now."""
+    return bool(_uncompiled(model).config.get_text_config(decoder=True)._attn_implementation == NAME)
 
 
 def attend_on_codes(model: Any) -> bool:
@@ -185,6 +229,13 @@ def _unpatch_generate(model: Any) -> None:
         del model.generate
         if patched.restore is not None:
             model.generate = patched.restore
+
+
+def _detach_study(model: Any) -> None:
+    """Take away the rounding of activations that `patch` attached."""
+    study = vars(model).pop(STUDY, None)
+    if study is not None:
+        study.detach()
 
 
 def _attention_of(config: Any) -> str | dict[str, Any]:
