@@ -1,0 +1,134 @@
+"""What a request gets does not depend on what else is served, on preemption, or on the prefix cache."""
+
+import pytest
+import torch
+from engine_runs import finished, request, run, run_one
+
+from tqai.config import CacheConfig
+from tqai.integrations.transformers import TurboQuantCache
+
+LENGTHS = (1, 5, 63, 64, 65, 100, 128, 129, 200, 255, 256, 257, 300, 320, 400, 513)
+
+
+def requests_of(document_ids, count, new_tokens=(4, 7)):
+    wanted = []
+    for index in range(count):
+        start, length = 37 * index, LENGTHS[index % len(LENGTHS)]
+        tokens = new_tokens[index // len(LENGTHS) % 2]
+        sampling = {} if index % 2 == 0 else {"temperature": 1.0, "seed": index, "top_p": 0.9}
+        wanted.append(request(document_ids[start : start + length], max_tokens=tokens, **sampling))
+    return wanted
+
+
+def test_32_concurrent_requests_get_what_each_gets_alone(make_engine, document_ids):
+    wanted = requests_of(document_ids, 32)
+    with make_engine(max_running=32) as engine:
+        together = run(engine, wanted)
+        assert engine.scheduler.counters.decode_steps < sum(w.params.max_tokens for w in wanted) / 4
+        assert all(finished(outcome) for outcome in together)
+        engine.scheduler.prefixes.clear()
+        for wish, outcome in zip(wanted, together, strict=True):
+            assert run_one(engine, wish).tokens == outcome.tokens, len(wish.prompt)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        None,
+        CacheConfig(sink_tokens=3, residual_window=70),
+        CacheConfig(sink_tokens=4),
+        CacheConfig(backend="torch"),
+    ],
+    ids=["uncompressed", "window", "sinks", "torch"],
+)
+def test_other_caches_agree_too(make_engine, document_ids, cache):
+    wanted = [request(document_ids[n : n + n], max_tokens=6) for n in (2, 64, 68, 300)]
+    with make_engine(cache=cache) as engine:
+        together = run(engine, wanted)
+        alone = [run_one(engine, wish) for wish in wanted]
+    assert [outcome.tokens for outcome in together] == [outcome.tokens for outcome in alone]
+
+
+def test_preempted_requests_continue_as_if_nothing_had_happened(make_engine, document_ids):
+    wanted = [
+        request(document_ids[300 * n : 300 * n + 50 + 2 * n], max_tokens=20, temperature=float(n % 2), seed=n)
+        for n in range(5)
+    ]
+    with make_engine(pages=100) as engine:
+        undisturbed = run(engine, wanted)
+        assert engine.scheduler.counters.preemptions == 0
+    with make_engine(pages=3) as engine:
+        preempted = run(engine, wanted)
+        assert engine.scheduler.counters.preemptions > 0
+        assert engine.scheduler.counters.replayed_tokens > 0
+    assert [outcome.tokens for outcome in preempted] == [outcome.tokens for outcome in undisturbed]
+    assert all(finished(outcome) for outcome in preempted)
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_cached_prefix_changes_no_number(make_engine, document_ids, sinks):
+    prompts = [document_ids[:600], document_ids[:600], document_ids[:550] + document_ids[1000:1100]]
+    wanted = [request(prompt, max_tokens=10, logprobs=3) for prompt in prompts]
+    cache = CacheConfig(sink_tokens=sinks)
+    with make_engine(cache=cache) as engine:
+        outcomes = [run_one(engine, wish) for wish in wanted]
+        assert [outcome.end.cached_tokens for outcome in outcomes] == [0, 512, 512]
+    with make_engine(cache=cache, prefix_caching=False) as engine:
+        fresh = [run_one(engine, wish) for wish in wanted]
+        assert [outcome.end.cached_tokens for outcome in fresh] == [0, 0, 0]
+    assert [outcome.chosen for outcome in outcomes] == [outcome.chosen for outcome in fresh]
+
+
+def test_whole_prompt_in_the_cache_leaves_a_chunk_to_compute(make_engine, document_ids):
+    with make_engine() as engine:
+        first, second = (run_one(engine, request(document_ids[:512], max_tokens=4)) for _ in range(2))
+        assert (first.end.cached_tokens, second.end.cached_tokens) == (0, 256)
+        assert first.tokens == second.tokens
+
+
+def test_prefixes_are_evicted_for_requests_and_least_recently_used_first(make_engine, document_ids):
+    with make_engine(pages=12) as engine:
+        old, kept = document_ids[:300], document_ids[1000:1300]
+        for prompt in (old, kept, old, kept):
+            run_one(engine, request(prompt, max_tokens=2))
+        assert engine.figures().cached_pages == 8
+        run_one(engine, request(document_ids[2000:2500], max_tokens=2))
+        assert run_one(engine, request(kept, max_tokens=2)).end.cached_tokens == 256
+        assert run_one(engine, request(old, max_tokens=2)).end.cached_tokens == 0
+
+
+def test_uncompressed_pages_give_the_model_s_own_greedy_tokens(make_engine, loaded, document_ids):
+    model, _ = loaded
+    prompt = document_ids[:330]
+    with make_engine(cache=None) as engine:
+        served = run_one(engine, request(prompt, max_tokens=12)).tokens
+    with torch.inference_mode():
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    assert served == out[0, 330:].tolist()
+
+
+def test_compressed_pages_hold_what_the_cache_of_one_sequence_holds(make_engine, loaded, document_ids):
+    """Logits after a prompt: those of a `TurboQuantCache` that was fed 64 tokens at a time."""
+    model, _ = loaded
+    prompt = document_ids[:330]
+    with make_engine() as engine:
+        (chosen,) = run_one(engine, request(prompt, max_tokens=1, logprobs=20)).chosen
+        cache = TurboQuantCache(model)
+        with torch.inference_mode():
+            for start in range(0, 330, 64):
+                ids = torch.tensor([prompt[start : start + 64]])
+                logits = model(ids, past_key_values=cache).logits[0, -1]
+    logprobs = torch.log_softmax(logits, -1)
+    for token, logprob in chosen.top:
+        assert abs(float(logprobs[token]) - logprob) < 2e-3
+
+
+@pytest.mark.parametrize("threads", [2])
+def test_several_threads_change_nothing(make_engine, document_ids, threads):
+    wanted = [request(document_ids[n : 2 * n], max_tokens=6) for n in (3, 64, 100, 200, 290)]
+    with make_engine() as engine:
+        alone = [run_one(engine, wish).tokens for wish in wanted]
+    with make_engine(torch_threads=threads) as engine:
+        together = [outcome.tokens for outcome in run(engine, wanted)]
+        assert together == [run_one(engine, wish).tokens for wish in wanted]
+    assert together == alone
