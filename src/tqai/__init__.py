@@ -5,7 +5,7 @@
     model.generate(**inputs, past_key_values=cache)
 
 Public names are loaded on first use: `import tqai` itself imports no numpy, torch, transformers or
-mlx. `TurboQuantCache`, `patch` and `unpatch` need the extra `torch`.
+mlx. `TurboQuantCache` needs the extra `torch`; `patch` and `unpatch` need what the model needs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from tqai.config import PRESETS, CacheConfig, TurboQuantConfig
     from tqai.core.solvers import CodebookRegistry, solve_codebook
     from tqai.errors import TqaiError
-    from tqai.integrations.transformers import TurboQuantCache, convert, patch, unpatch
+    from tqai.integrations.patching import patch, unpatch
+    from tqai.integrations.transformers import TurboQuantCache, convert
     from tqai.quantizers import (
         PolarQuantizer,
         TurboQuantIP,
@@ -66,9 +67,9 @@ _HOME = {
     "compute_memory_bytes": "tqai.quantizers",
     "convert": "tqai.integrations.transformers",
     "errors": "tqai",
-    "patch": "tqai.integrations.transformers",
+    "patch": "tqai.integrations.patching",
     "solve_codebook": "tqai.core.solvers",
-    "unpatch": "tqai.integrations.transformers",
+    "unpatch": "tqai.integrations.patching",
 }
 """Public name -> the module that defines it; a module in `tqai` is its own definition."""
 

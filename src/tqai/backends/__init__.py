@@ -26,9 +26,11 @@ BACKENDS: dict[str, str] = {
     "native": "tqai.backends.native.backend:NativeBackend",
     "torch": "tqai.backends.torch_ops:TorchBackend",
     "triton": "tqai.backends.triton:TritonBackend",
+    "mlx": "tqai.backends.mlx:MlxBackend",
 }
 """Backend name -> "module:class", in the order in which they are tried. "triton" comes after "torch", that
-is, only when asked for: its present form has not yet passed all of its tests on a GPU."""
+is, only when asked for: its present form has not yet passed all of its tests on a GPU. "mlx" serves arrays
+of MLX and refuses every device of torch."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""How models reach the cache: transformers, later mlx-lm and lm-eval."""
+"""How models reach the cache: transformers, mlx-lm and lm-eval. `patching` tells models apart."""

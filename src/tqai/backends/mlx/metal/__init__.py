@@ -1,0 +1,1 @@
+"""Metal kernels: their source, their launch, and the check at first use."""
