@@ -63,3 +63,19 @@ def assert_no_leak(engine: Engine) -> None:
     assert sorted(set(pool.references)) in ([0], [1], [0, 1])
     prefixes.clear()
     assert pool.free == pool.pages and not any(pool.references)
+
+
+@pytest.fixture(scope="module")
+def served(make_engine) -> Iterator[Any]:
+    from serving import serving
+
+    with make_engine(max_running=8) as engine, serving(engine) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(served) -> Iterator[Any]:
+    import openai
+
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0, timeout=120) as found:
+        yield found

@@ -103,7 +103,7 @@ class Sequence:
         self.sampler = Sampler(params, self.tokens, fallback_seed, request.choice)
         self.constraint = constraint
         self.prompt_chosen: list[Chosen] = []
-        self.outcome: Event | None = None
+        self.outcome: Finished | RequestFailed | None = None
         self._emit = emit
         self._detokenizer = Detokenizer(tokenizer, self.tokens)
         self._stop_strings = StopStrings(params.stop)
@@ -177,7 +177,7 @@ class Sequence:
         self._emit(Delta(text, tuple(self._pending)))
         self._pending.clear()
 
-    def _close(self, event: Event) -> None:
+    def _close(self, event: Finished | RequestFailed) -> None:
         if self.outcome is None:
             self.outcome = event
             self._emit(event)
