@@ -13,6 +13,7 @@ __all__ = ["PRESETS", "STUDY_PRESETS", "CacheConfig", "TurboQuantConfig"]
 STRATEGIES = ("auto", "residual", "full", "incremental")
 ROTATIONS = ("auto", "haar", "hadamard", "hadamard2", "identity")
 SCALES = ("least_squares", "norm")
+SCALE_FORMATS = ("bfloat16", "log8")
 OFFSETS = ("off", "on", "auto")
 MAX_BITS = 8
 MAX_WINDOW_TOKENS = 1 << 20
@@ -83,6 +84,8 @@ class CacheConfig:
         offsets: one vector per KV head and sequence is taken off all keys, and one off all values, before
             they are coded, and attention puts it right, exactly: "on"; "auto", where it takes at least
             1/32 off their energy; "off". Frozen from the tokens compressed first (`cache.offsets`).
+        scale_format: "bfloat16", 16 bits per vector, or "log8", 8 bits and 16 bytes per page of both sides
+            (`core.log_scale`): 0.055 bits per value less at head_dim 128, for 0.00016 of the energy.
 
     Raises:
         ConfigError: a field is out of range; the message names field, value and what is allowed.
@@ -110,6 +113,7 @@ class CacheConfig:
     compress_attn_logits: bool = False
     bits_attn: int = 8
     offsets: str = "off"
+    scale_format: str = "bfloat16"
 
     def __post_init__(self) -> None:
         _check_int("bits_k", self.bits_k, 1, MAX_BITS)
@@ -122,6 +126,7 @@ class CacheConfig:
         _check_choice("rotation", self.rotation, ROTATIONS)
         _check_choice("scale", self.scale, SCALES)
         _check_choice("offsets", self.offsets, OFFSETS)
+        _check_choice("scale_format", self.scale_format, SCALE_FORMATS)
         for name in ("codec", "backend", "device"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name != "codec"):

@@ -128,6 +128,7 @@ def test_any_sequence_of_operations(operations, sink_tokens, residual_window, st
         residual_window=residual_window,
         cache_strategy=strategy,
         offsets="on",
+        backend="torch",
     )
     layer = CompressedLayer(config)
     oracle = BiasedOracle(layer)

@@ -14,7 +14,7 @@ from tqai.backends.base import ExactTokens
 from tqai.cache.layer import page_format_for
 from tqai.cache.pages import PagePool
 from tqai.config import CacheConfig
-from tqai.core.page import PAGE_TOKENS
+from tqai.core.page import PAGE_TOKENS, decode_part
 from tqai.errors import BackendError
 
 
@@ -79,7 +79,7 @@ def fill(backend):
         canonical = backend.to_canonical(pool.raw(), page_format)
         decoded = []
         for codec, encoded in ((page_format.key, canonical.key), (page_format.value, canonical.value)):
-            vectors = torch.from_numpy(codec.decode(encoded)).double()
+            vectors = torch.from_numpy(decode_part(encoded, codec)).double()
             decoded.append(vectors.transpose(1, 2).flatten(2, 3))
         return Filled(pool, *decoded)
 

@@ -30,7 +30,6 @@ from tqai.cache.pages import PagePool
 from tqai.cache.step import Step
 from tqai.cache.window import Window, joined
 from tqai.config import CacheConfig
-from tqai.core.codec import SCALE_BYTES
 from tqai.core.page import PAGE_TOKENS
 from tqai.errors import BackendError, ConfigError, InputError, NonFiniteError
 
@@ -248,7 +247,7 @@ class CompressedLayer:
         heads, batch = pool.kv_heads, pool.table.shape[0]
         row_bytes = page_format.key.row_bytes + page_format.value.row_bytes
         codes_bytes = pool.used * heads * PAGE_TOKENS * row_bytes
-        scales_bytes = pool.used * heads * PAGE_TOKENS * 2 * SCALE_BYTES
+        scales_bytes = pool.used * heads * page_format.scales_bytes
         slabs_bytes = pool.capacity * heads * page_format.page_bytes
         exact = [self.window.keys, self.window.values, *(self.sinks or ())]
         dims = page_format.key.spec.head_dim + page_format.value.spec.head_dim

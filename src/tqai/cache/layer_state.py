@@ -24,8 +24,9 @@ def export_layer(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[str, A
     """Tensors and description (JSON values) of everything that `layer` holds.
 
     Codes are uint8 `[batch, pages, kv_heads, 64, row_bytes]`, scales uint16 `[batch, pages, kv_heads,
-    64]` (bfloat16 bits), exact tokens `[batch, kv_heads, tokens, head_dim]` in the model's dtype. Offsets
-    are `[batch, kv_heads, head_dim]` in that dtype; all tokens are then without them.
+    64]` (bfloat16 bits) or, of one byte, uint8 `[batch, pages, kv_heads, 66]` (`core.page`), exact tokens
+    `[batch, kv_heads, tokens, head_dim]` in the model's dtype. Offsets are `[batch, kv_heads, head_dim]`
+    in that dtype; all tokens are then without them.
     """
     about: dict[str, Any] = {"length": layer.length, "sliding_window": layer.sliding_window}
     if layer.window is None or layer.pool is None:
@@ -36,6 +37,8 @@ def export_layer(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[str, A
         _written(page_format.key.spec),
         _written(page_format.value.spec),
     )
+    if page_format.scale_format != "bfloat16":
+        about["scale_format"] = page_format.scale_format
     tensors: dict[str, Tensor] = {}
     if layer.pool.pages:
         pages = layer.backend.to_canonical(layer.pool.raw(), page_format)
@@ -78,6 +81,12 @@ def import_layer(
             raise ModelMismatchError(
                 f"layer {layer.layer} was saved with {about['key_codec']} / {about['value_codec']}, "
                 f"this configuration makes {expected[0]} / {expected[1]}"
+            )
+        saved_scales = about.get("scale_format", "bfloat16")
+        if saved_scales != page_format.scale_format:
+            raise ModelMismatchError(
+                f"layer {layer.layer} was saved with scale_format={saved_scales!r}, this configuration has "
+                f"{page_format.scale_format!r}"
             )
         layer.window.replace(*window)
         if "key_codes" in tensors:

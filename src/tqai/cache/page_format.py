@@ -19,4 +19,5 @@ def page_format_for(config: CacheConfig, key_dim: int, value_dim: int) -> PageFo
     return PageFormat(
         codec(config.key_codec, key_dim, config.bits_k, config.rotation),
         codec(config.codec, value_dim, config.bits_v, config.rotation_v or config.rotation),
+        config.scale_format,
     )

@@ -32,7 +32,7 @@ __all__ = ["FORMAT_VERSION", "read_file", "write_file"]
 FORMAT_NAME = "tqai-cache"
 FORMAT_VERSION = 2
 """The newest version that is read. Written is the oldest that says it all: 1, or 2 where a layer has
-offsets, which a reader of version 1 would leave out."""
+offsets, which a reader of version 1 would leave out, or scales of one byte."""
 SINCE_VERSION_2 = ("key_offsets", "value_offsets")
 
 
@@ -94,7 +94,10 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def _version_of(tensors: Mapping[str, Tensor]) -> int:
-    return 2 if any(name.endswith(SINCE_VERSION_2) for name in tensors) else 1
+    for name, tensor in tensors.items():
+        if name.endswith(SINCE_VERSION_2) or (name.endswith("key_scales") and tensor.dtype == torch.uint8):
+            return 2
+    return 1
 
 
 def _digest(tensor: Tensor) -> str:

@@ -37,6 +37,8 @@ class MlxBackend:
             )
         if dtype not in ("float32", "bfloat16", "float16"):
             return f"dtype {dtype}: allowed are float32, bfloat16 and float16"
+        if page_format.scale_format != "bfloat16":
+            return f"scale_format {page_format.scale_format!r}: allowed is bfloat16"
         try:
             mlx_codec(page_format.key)
             mlx_codec(page_format.value)

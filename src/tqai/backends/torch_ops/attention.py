@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tqai.backends.base import Attended, ExactTokens, History
 from tqai.backends.torch_ops.codes import torch_codec
-from tqai.core.codec import SCALE_BYTES
-from tqai.core.page import PAGE_TOKENS, PageFormat
+from tqai.backends.torch_ops.log_scale import from_steps
+from tqai.core.page import BASE_BYTES, PAGE_TOKENS, PageFormat
 
 __all__ = ["attend", "gather_pages", "split_page", "within_counts"]
 
@@ -225,13 +225,22 @@ def gather_pages(history: History, start: int, stop: int) -> Tensor:
 
 def split_page(raw: Tensor, page_format: PageFormat) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Key codes, key scales, value codes, value scales of raw pages uint8 `[..., page_bytes]`:
-    codes uint8 `[..., 64, row_bytes]`, scales bfloat16 `[..., 64]`."""
+    codes uint8 `[..., 64, row_bytes]`, scales `[..., 64]`, bfloat16 or (log8) float32."""
     parts = []
-    for codes_at, row_bytes, scales_at in (
-        (0, page_format.key.row_bytes, page_format.key_scales_at),
-        (page_format.value_codes_at, page_format.value.row_bytes, page_format.value_scales_at),
+    for codes_at, row_bytes, scales_at, base_at in (
+        (0, page_format.key.row_bytes, page_format.key_scales_at, page_format.bases_at),
+        (
+            page_format.value_codes_at,
+            page_format.value.row_bytes,
+            page_format.value_scales_at,
+            page_format.bases_at + BASE_BYTES,
+        ),
     ):
         codes = raw[..., codes_at : codes_at + PAGE_TOKENS * row_bytes]
-        scales = raw[..., scales_at : scales_at + PAGE_TOKENS * SCALE_BYTES]
-        parts += [codes.unflatten(-1, (PAGE_TOKENS, row_bytes)), scales.contiguous().view(torch.bfloat16)]
+        scales = raw[..., scales_at : scales_at + page_format.part_scales_bytes]
+        if page_format.scale_format == "bfloat16":
+            scales = scales.contiguous().view(torch.bfloat16)
+        else:
+            scales = from_steps(scales, raw[..., base_at : base_at + BASE_BYTES])
+        parts += [codes.unflatten(-1, (PAGE_TOKENS, row_bytes)), scales]
     return parts[0], parts[1], parts[2], parts[3]

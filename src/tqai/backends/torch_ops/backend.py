@@ -10,8 +10,15 @@ from torch import Tensor
 from tqai.backends.base import Attended, ExactTokens, History
 from tqai.backends.torch_ops.attention import attend, split_page
 from tqai.backends.torch_ops.codes import torch_codec
-from tqai.core.codec import SCALE_BYTES
-from tqai.core.page import PAGE_TOKENS, CanonicalPages, PageFormat, pages_from_bytes, pages_to_bytes
+from tqai.backends.torch_ops.log_scale import to_steps
+from tqai.core.page import (
+    BASE_BYTES,
+    PAGE_TOKENS,
+    CanonicalPages,
+    PageFormat,
+    pages_from_bytes,
+    pages_to_bytes,
+)
 from tqai.errors import UnsupportedError
 
 __all__ = ["TorchBackend"]
@@ -34,15 +41,26 @@ class TorchBackend:
     def encode(self, keys: Tensor, values: Tensor, page_format: PageFormat, out: Tensor) -> None:
         """See `Backend.encode`."""
         parts = (
-            (keys, page_format.key, 0, page_format.key_scales_at),
-            (values, page_format.value, page_format.value_codes_at, page_format.value_scales_at),
+            (keys, page_format.key, 0, page_format.key_scales_at, page_format.bases_at),
+            (
+                values,
+                page_format.value,
+                page_format.value_codes_at,
+                page_format.value_scales_at,
+                page_format.bases_at + BASE_BYTES,
+            ),
         )
-        for vectors, codec, codes_at, scales_at in parts:
+        if page_format.bases_bytes:
+            out[..., page_format.bases_at :] = 0
+        for vectors, codec, codes_at, scales_at, base_at in parts:
             codes, scales = torch_codec(codec, vectors.device).encode(vectors)
             size = PAGE_TOKENS * codec.row_bytes
             out[..., codes_at : codes_at + size] = codes.flatten(-2)
-            scale_octets = scales.contiguous().view(torch.uint8)
-            out[..., scales_at : scales_at + PAGE_TOKENS * SCALE_BYTES] = scale_octets
+            if page_format.scale_format == "bfloat16":
+                scale_octets = scales.contiguous().view(torch.uint8)
+            else:
+                scale_octets, out[..., base_at : base_at + BASE_BYTES] = to_steps(scales)
+            out[..., scales_at : scales_at + page_format.part_scales_bytes] = scale_octets
 
     def decode(self, raw: Tensor, page_format: PageFormat, dtype: torch.dtype) -> ExactTokens:
         """See `Backend.decode`."""

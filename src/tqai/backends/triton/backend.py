@@ -53,6 +53,8 @@ class TritonBackend:
             return "serves GPUs only"
         if dtype not in DTYPES:
             return f"{dtype} queries: the kernels take float16 and bfloat16"
+        if page_format.scale_format != "bfloat16":
+            return f"scale_format {page_format.scale_format!r}: the kernels read bfloat16 scales"
         for what, codec in (("keys", page_format.key), ("values", page_format.value)):
             spec = codec.spec
             if spec.name != "scalar":

@@ -37,7 +37,7 @@ SETTINGS_OF_VERSION_1 = (
     *("seed", "backend", "device", "check_finite"),
 )
 """Always written; later settings only where they differ from what version 1 did."""
-AS_IN_VERSION_1: dict[str, Any] = {"offsets": "off"}
+AS_IN_VERSION_1: dict[str, Any] = {"offsets": "off", "scale_format": "bfloat16"}
 SAMPLED_PARAMETERS = 3
 SAMPLED_VALUES = 64
 
