@@ -20,6 +20,7 @@ from tqai.cli.demo import demo
 from tqai.cli.info import info
 from tqai.cli.report import CommandError
 from tqai.cli.run import run
+from tqai.cli.serve import serve
 from tqai.errors import ConfigError, TqaiError
 
 __all__ = ["app", "main"]
@@ -32,7 +33,7 @@ app = typer.Typer(
     epilog="TQAI_DEBUG=1 shows the traceback of an error.",
     pretty_exceptions_enable=False,
 )
-for _command in (demo, info, run, compare, benchmark):
+for _command in (demo, info, run, compare, benchmark, serve):
     app.command()(_command)
 
 
