@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ __all__ = ["CacheMaker", "cache_maker", "known_caches"]
 
 _QUANTIZED_BITS = {"quanto": (4, 2), "hqq": (4, 2, 3, 8)}
 _PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
+_ANY_BITS = re.compile(r"[Kk](\d+)/?[Vv](\d+)")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def cache_maker(name: str, model: Any, label: str | None = None, **options: Any)
     exact); the presets of tqai ("K4/V2", ...) are `TurboQuantCache` attending on its codes.
 
     Args:
-        name: one of `known_caches()`.
+        name: one of `known_caches()`, or bits that no preset has, such as "K5/V2".
         model: a transformers causal language model.
         label: what to call it in tables, instead of the name.
         options: for tqai, fields of `CacheConfig` (`sink_tokens`, `residual_window`, `seed`, ...); for
@@ -74,8 +76,12 @@ def cache_maker(name: str, model: Any, label: str | None = None, **options: Any)
         settings = {"nbits": int(bits), "q_group_size": 64, "residual_length": 128, **options}
         _require_package(kind)
         return CacheMaker(called, kind, _quantized(kind, model, settings), settings)
+    bits_of = _ANY_BITS.fullmatch(name)
     try:
-        config = CacheConfig.preset(name, **options)
+        if bits_of is not None:
+            config = CacheConfig.from_dict({"bits_k": int(bits_of[1]), "bits_v": int(bits_of[2]), **options})
+        else:
+            config = CacheConfig.preset(name, **options)
     except ConfigError as error:
         if "preset=" in str(error):
             raise ConfigError(f"cache={name!r}: allowed are {', '.join(known_caches())}") from error

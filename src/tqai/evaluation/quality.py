@@ -6,10 +6,11 @@ reference logits are thus computed once, and no more than one chunk of logits pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tqai.errors import InputError
@@ -37,6 +38,7 @@ class QualityReport:
         prefill_tokens, chunk_tokens: how the documents were read.
         history_read_back: mean fraction of a scored token's history that came from the cache.
         documents: per-token scores of each document, for other statistics.
+        kl_by_seed: mean KL with each seed of the rotation, where several are in this report.
     """
 
     name: str
@@ -48,6 +50,7 @@ class QualityReport:
     chunk_tokens: int
     history_read_back: float
     documents: tuple[TokenScores, ...]
+    kl_by_seed: Mapping[int, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the per-token scores, fit for JSON."""
@@ -60,6 +63,7 @@ class QualityReport:
             "prefill_tokens": self.prefill_tokens,
             "chunk_tokens": self.chunk_tokens,
             "history_read_back": self.history_read_back,
+            "kl_by_seed": {str(seed): kl for seed, kl in self.kl_by_seed.items()},
         }
 
 
@@ -72,6 +76,7 @@ def evaluate_quality(
     resamples: int = 1000,
     seed: int = 0,
     on_document: Callable[[int], None] | None = None,
+    documents_at_once: int = 1,
 ) -> dict[str, QualityReport]:
     """Quality of each cache on `documents`, every scored token reading its history from the cache.
 
@@ -82,12 +87,14 @@ def evaluate_quality(
         prefill_tokens, chunk_tokens: see `chunked_logits`.
         resamples, seed: of the bootstrap over documents.
         on_document: called with the number of documents done, for progress bars.
+        documents_at_once: how many documents of one length are a batch, which suits a GPU. A cache that
+            shares something between the sequences of a batch (fp8 its scale) measures another thing then.
 
     Returns:
         name -> report, in the order of `makers`.
 
     Raises:
-        InputError: no documents, lengths that do not fit, equal names, or NaN among the logits.
+        InputError: no documents, lengths or a batch that do not fit, equal names, or NaN among the logits.
 
     Warns:
         CacheNeverReadWarning: see `chunked_logits`.
@@ -97,6 +104,8 @@ def evaluate_quality(
         raise InputError(f"caches of the same name: {', '.join(names)}")
     if not documents:
         raise InputError("no documents")
+    if documents_at_once < 1:
+        raise InputError(f"documents_at_once={documents_at_once}: allowed are whole numbers from 1")
     lengths = [int(document.numel()) for document in documents]
     if min(lengths) < prefill_tokens + 2:
         raise InputError(f"a document of {min(lengths)} tokens: wanted at least prefill_tokens + 2")
@@ -104,18 +113,23 @@ def evaluate_quality(
     everyone = [cache_maker("dynamic", model, label="reference"), *makers]
     scores: dict[str, list[TokenScores]] = {name: [] for name in names}
     bits: dict[str, list[float]] = {name: [] for name in names}
-    for done, document in enumerate(documents, start=1):
-        batch = as_batch(document, model)
+    done = 0
+    for batch in _batches(documents, documents_at_once):
+        batch = as_batch(batch, model)
+        rows, length = batch.shape
         caches = prefill_caches(model, batch[:, :prefill_tokens], everyone)
-        parts: dict[str, list[TokenScores]] = {name: [] for name in names}
-        for start, stop in chunk_bounds(batch.shape[1], prefill_tokens, chunk_tokens):
-            chunk, followed = batch[:, start:stop], batch[0, start + 1 : stop + 1]
-            reference = run_tokens(model, chunk, caches[0])[0]
+        parts: dict[str, list[list[TokenScores]]] = {name: [[] for _ in range(rows)] for name in names}
+        for start, stop in chunk_bounds(length, prefill_tokens, chunk_tokens):
+            chunk, followed = batch[:, start:stop], batch[:, start + 1 : stop + 1]
+            reference = run_tokens(model, chunk, caches[0])
             for name, cache in zip(names, caches[1:], strict=True):
-                parts[name].append(score_logits(reference, run_tokens(model, chunk, cache)[0], followed))
+                got = run_tokens(model, chunk, cache)
+                for row in range(rows):
+                    parts[name][row].append(score_logits(reference[row], got[row], followed[row]))
         for name, cache in zip(names, caches[1:], strict=True):
-            scores[name].append(TokenScores.joined(parts[name]))
-            bits[name].append(bits_per_value(cache, model.config, batch.shape[1]))
+            scores[name] += [TokenScores.joined(part) for part in parts[name]]
+            bits[name] += [bits_per_value(cache, model.config, length, rows)] * rows
+        done += rows
         if on_document is not None:
             on_document(done)
     return {
@@ -132,6 +146,17 @@ def evaluate_quality(
         )
         for maker in makers
     }
+
+
+def _batches(documents: Sequence[Tensor], at_once: int) -> Iterator[Tensor]:
+    """Consecutive documents of one length, `[rows, tokens]`, at most `at_once` together."""
+    together: list[Tensor] = []
+    for document in documents:
+        if together and (len(together) == at_once or together[0].numel() != document.numel()):
+            yield torch.stack(together)
+            together = []
+        together.append(document)
+    yield torch.stack(together)
 
 
 def split_documents(input_ids: Tensor, document_tokens: int, count: int) -> list[Tensor]:

@@ -1,0 +1,237 @@
+"""What the study found: parts merged into one result, held against the targets, printed and drawn."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from quality_settings import Study
+
+from tqai.evaluation import Interval, PlotPoint, bootstrap
+from tqai.evaluation.plot import draw_points
+
+# At most these all-in bits -> at most this mean KL, in nats per token, on every model and copy.
+TARGETS = {4.35: 0.0004, 3.35: 0.0016, 2.35: 0.010}
+
+
+def merged(study: Study, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One JSON-ready result of the workers' lines."""
+    runs: dict[tuple[str, str, str], dict[int, dict[str, Any]]] = defaultdict(dict)
+    copies: dict[str, dict[str, Any]] = defaultdict(dict)
+    sizes: dict[str, dict[str, Any]] = defaultdict(dict)
+    retrieval: dict[tuple[str, str, str], dict[str, Any]] = {}
+    failed: list[dict[str, Any]] = []
+    for line in parts:
+        if "task" not in line:
+            continue
+        task, found = line["task"], line["found"]
+        if "failed" in found:
+            failed.append({**task, "why": found["failed"].strip().splitlines()[-1]})
+            continue
+        if task["kind"] == "copy":
+            copies[task["model"]][task["copy"]] = found
+            continue
+        for spec, values in found.items():
+            if "not_measured" in values:
+                entry = {"cache": spec, "model": task["model"], "why": values["not_measured"]}
+                if entry not in failed:
+                    failed.append(entry)
+            elif task["kind"] == "size":
+                sizes[task["model"]][spec] = values
+            elif task["kind"] == "kl":
+                runs[task["model"], task["copy"], spec][task["seed"]] = values
+            else:
+                retrieval[task["model"], task["copy"], spec] = values
+    quality: dict[str, Any] = {}
+    for model in study.models:
+        for copy in study.copies:
+            rows = {}
+            for spec in (*study.main, *study.peers, *study.others):
+                seeds = runs.get((model, copy, spec))
+                if not seeds or spec not in sizes[model]:
+                    continue
+                rows[spec] = _row(seeds, sizes[model][spec], study.resamples)
+                found_again = retrieval.get((model, copy, spec))
+                if found_again is not None:
+                    rows[spec]["retrieval"] = found_again
+            quality.setdefault(model, {})[copy] = rows
+    provenance = [line["provenance"] for line in parts if "provenance" in line]
+    return {
+        "study": {key: list(v) if isinstance(v, tuple) else v for key, v in study.__dict__.items()},
+        "provenance": provenance[0] if provenance else {},
+        "copies": copies,
+        "sizes": sizes,
+        "quality": quality,
+        "targets": targets(quality),
+        "peers": against_peers(quality),
+        "not_measured": failed,
+    }
+
+
+def _row(seeds: dict[int, dict[str, Any]], size: dict[str, Any], resamples: int) -> dict[str, Any]:
+    """Figures of one cache over its seeds; the interval is over documents, each with all its seeds."""
+    by_document = np.mean([run["kl_by_document"] for run in seeds.values()], axis=0)
+    interval = bootstrap([np.array([kl]) for kl in by_document], np.mean, resamples=resamples)
+    runs = list(seeds.values())
+    return {
+        "bits_per_value": size["bits_per_value"],
+        "kl_mean": interval.to_dict(),
+        "kl_by_seed": {str(seed): float(np.mean(run["kl_by_document"])) for seed, run in seeds.items()},
+        "kl_median": float(np.mean([run["kl_median"] for run in runs])),
+        "kl_p99": float(np.mean([run["kl_p99"] for run in runs])),
+        "top1_agreement": float(np.mean([run["top1_agreement"] for run in runs])),
+        "perplexity": math.exp(float(np.mean([run["nll_by_document"] for run in runs]))),
+        "tokens": runs[0]["tokens"],
+        "family": size["family"],
+    }
+
+
+def found_of(row: dict[str, Any]) -> tuple[int, int] | None:
+    """Correct answers and questions, all kinds together."""
+    cells = row.get("retrieval")
+    if not cells:
+        return None
+    return sum(c["correct"] for c in cells.values()), sum(c["questions"] for c in cells.values())
+
+
+def targets(quality: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each target, model and copy the best of our caches within the bits, and whether it is enough."""
+    checked = []
+    for bits, limit in TARGETS.items():
+        for model, copies in quality.items():
+            for copy, rows in copies.items():
+                ours = {
+                    s: r for s, r in rows.items() if r["family"] == "tqai" and r["bits_per_value"] <= bits
+                }
+                if not ours:
+                    continue
+                spec = min(ours, key=lambda name: ours[name]["kl_mean"]["value"])
+                kl = ours[spec]["kl_mean"]["value"]
+                checked.append(
+                    {
+                        "bits": bits,
+                        "limit": limit,
+                        "model": model,
+                        "copy": copy,
+                        "cache": spec,
+                        "bits_per_value": ours[spec]["bits_per_value"],
+                        "kl": kl,
+                        "reached": kl <= limit,
+                    }
+                )
+    return checked
+
+
+def against_peers(quality: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each peer, model and copy our best cache of no more bits than the peer's."""
+    compared = []
+    for model, copies in quality.items():
+        for copy, rows in copies.items():
+            for peer, theirs in rows.items():
+                if theirs["family"] == "tqai":
+                    continue
+                ours = _within(rows, theirs["bits_per_value"])
+                best = min(ours, key=lambda name: ours[name]["kl_mean"]["value"]) if ours else None
+                compared.append(
+                    {
+                        "model": model,
+                        "copy": copy,
+                        "peer": peer,
+                        "peer_bits": theirs["bits_per_value"],
+                        "peer_kl": theirs["kl_mean"]["value"],
+                        "cache": best,
+                        "bits_per_value": ours[best]["bits_per_value"] if best else None,
+                        "kl": ours[best]["kl_mean"]["value"] if best else None,
+                        "below": bool(best and ours[best]["kl_mean"]["value"] < theirs["kl_mean"]["value"]),
+                    }
+                )
+    return compared
+
+
+def _within(rows: dict[str, Any], bits: float) -> dict[str, Any]:
+    return {
+        spec: row for spec, row in rows.items() if row["family"] == "tqai" and row["bits_per_value"] <= bits
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Tables on standard output."""
+    for model, copies in result["quality"].items():
+        for copy, rows in copies.items():
+            figures = result["copies"].get(model, {}).get(copy, {})
+            exact = figures.get("relative_logit_difference", float("nan"))
+            print(f"\n{model}, {copy} (logits differ from the original's by {exact:.1e})")
+            for spec, row in sorted(rows.items(), key=lambda item: item[1]["bits_per_value"]):
+                kl, found = row["kl_mean"], found_of(row)
+                print(
+                    f"  {row['bits_per_value']:6.3f} bits  KL {kl['value']:.5f} [{kl['low']:.5f}, "
+                    f"{kl['high']:.5f}]  p99 {row['kl_p99']:.4f}  same top {row['top1_agreement']:.4f}  "
+                    f"found {'-' if found is None else f'{found[0]}/{found[1]}'}  {spec}"
+                )
+    for check in result["targets"]:
+        mark = "reached" if check["reached"] else "MISSED"
+        print(
+            f"{mark}: <= {check['bits']} bits on {check['model']}, {check['copy']}: KL {check['kl']:.5f} "
+            f"(limit {check['limit']}) with {check['cache']} at {check['bits_per_value']:.3f}"
+        )
+    above = [c for c in result["peers"] if not c["below"]]
+    print(f"below every peer: {len(result['peers']) - len(above)} of {len(result['peers'])} comparisons")
+    for c in above:
+        print(f"  not below {c['peer']} on {c['model']}, {c['copy']}: {c['peer_kl']:.5f} against {c['kl']}")
+    for entry in result["not_measured"]:
+        print("not measured:", entry)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """KL against all-in bits: one panel per model, plain above, the worst of its hard copies below."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    models = list(result["quality"])
+    with matplotlib.rc_context({"svg.hashsalt": "tqai", "font.size": 9}):
+        figure = Figure(figsize=(3.7 * len(models), 7.4), layout="constrained")
+        panels = figure.subplots(2, len(models), sharey="row", squeeze=False)
+        for column, model in enumerate(models):
+            for line, (title, points) in enumerate(_panels(result["quality"][model])):
+                draw_points(panels[line][column], points, labels=False)
+                panels[line][column].set_title(f"{model}, {title}")
+        panels[0][0].set_ylabel("KL, nats per token")
+        panels[1][0].set_ylabel("KL, nats per token")
+        for column in range(len(models)):
+            panels[1][column].set_xlabel("bits per value, all-in, at 8,192 tokens")
+        panels[0][-1].legend(loc="upper right")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _panels(copies: dict[str, Any]) -> list[tuple[str, list[PlotPoint]]]:
+    hard = [rows for copy, rows in copies.items() if copy != "plain"]
+    worst = {
+        spec: max((rows[spec] for rows in hard if spec in rows), key=lambda row: row["kl_mean"]["value"])
+        for spec in copies["plain"]
+        if any(spec in rows for rows in hard)
+    }
+    return [("as trained", _points(copies["plain"])), ("worst of the hard copies", _points(worst))]
+
+
+def _points(rows: dict[str, Any]) -> list[PlotPoint]:
+    chosen = []
+    for spec, row in rows.items():
+        family = row["family"]
+        if family == "tqai":
+            if "window=128" not in spec or "offsets=auto" not in spec or "trellis256" in spec:
+                continue
+            family = "tqai trellis" if "codec=trellis" in spec else "tqai scalar"
+        kl = row["kl_mean"]
+        chosen.append(
+            PlotPoint(
+                spec.partition(",")[0],
+                family,
+                row["bits_per_value"],
+                Interval(kl["value"], kl["low"], kl["high"]),
+            )
+        )
+    return chosen

@@ -1,0 +1,94 @@
+"""What the study of quality measures: models, hard copies, caches, in the order of their importance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pathological import COPIES
+from provenance import ROOT
+
+MODELS = {
+    "demo": ROOT / "src" / "tqai" / "demo" / "model",
+    "llama-7m": ROOT / "benchmarks" / "models" / "llama-7m",
+    "qwen2-6m": ROOT / "benchmarks" / "models" / "qwen2-6m",
+}
+
+PEERS = ("fp8", "quanto-4", "quanto-2", "hqq-4", "hqq-2")
+WINDOW = "window=128,sinks=4"
+# Measured with every seed; the others with the first.
+MAIN = tuple(
+    f"{bits},codec={codec},{WINDOW},offsets=auto"
+    for codec in ("trellis", "scalar")
+    for bits in ("K3/V3", "K4/V4", "K2/V2", "K4/V3", "K3/V2", "K4/V2")
+)
+OTHERS = (
+    "K4/V2",
+    "K4/V4",
+    "K3/V3",
+    "K2/V2",
+    "K4/V4,offsets=auto",
+    "K3/V3,offsets=auto",
+    "K4/V4,codec=trellis",
+    "K3/V3,codec=trellis",
+    "K2/V2,codec=trellis",
+    "K3/V3,codec=trellis,offsets=auto",
+    "K3/V3,window=64,sinks=4,offsets=auto",
+    "K3/V3,codec=trellis,window=64,sinks=4,offsets=auto",
+    "K4/V4,codec=trellis,window=64,sinks=4,offsets=auto",
+    "K2/V2,codec=trellis,window=64,sinks=4,offsets=auto",
+    f"K3/V3,codec=trellis,{WINDOW}",
+    f"K4/V4,codec=trellis,{WINDOW}",
+    f"K3/V3,codec=trellis,{WINDOW},offsets=on",
+    f"K3/V3,codec=trellis256,{WINDOW},offsets=auto",
+    f"K4/V4,codec=trellis256,{WINDOW},offsets=auto",
+    f"K2/V2,codec=trellis256,{WINDOW},offsets=auto",
+    f"K4/V4,{WINDOW}",
+    f"K3/V3,{WINDOW}",
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Sizes of one run.
+
+    Attributes:
+        models, copies, peers, main, others: names and cache specs.
+        seeds: of the rotation, for the main settings; the first for all others.
+        documents, document_tokens, prefill_tokens, chunk_tokens: of the KL.
+        bits_tokens: length at which all-in bits are counted.
+        questions: per kind of retrieval (single, multi, lookup), at `retrieval_tokens`.
+        resamples: of the bootstrap.
+    """
+
+    models: tuple[str, ...] = tuple(MODELS)
+    copies: tuple[str, ...] = tuple(COPIES)
+    peers: tuple[str, ...] = PEERS
+    main: tuple[str, ...] = MAIN
+    others: tuple[str, ...] = OTHERS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    documents: int = 8
+    document_tokens: int = 2048
+    prefill_tokens: int = 512
+    chunk_tokens: int = 32
+    bits_tokens: int = 8192
+    questions: int = 8
+    retrieval_tokens: int = 2048
+    resamples: int = 1000
+    extra: tuple[str, ...] = field(default=())
+
+
+QUICK = Study(
+    models=("qwen2-6m",),
+    copies=("plain", "key bias"),
+    peers=("quanto-4",),
+    main=(MAIN[6],),
+    others=("K3/V3",),
+    seeds=(0, 1),
+    documents=2,
+    document_tokens=640,
+    prefill_tokens=320,
+    bits_tokens=1024,
+    questions=4,
+    retrieval_tokens=600,
+    resamples=100,
+)
