@@ -112,13 +112,15 @@ def attend_step(
     history = None
     if natural and new == 1 and step.slabs and softcap is None:
         history = history_reader(step.slabs, step.page_format, *columns.page_range())
-    if isinstance(mask, str):
-        mask = None
-    if mask is None and not columns.uniform:
-        mask = columns.mask(None)
+    if mask is None or isinstance(mask, str):
+        if columns.new != new:
+            # a view of everything held: the queries are its newest tokens
+            mask = _lower_right(new, columns.count - columns.hidden)
+        else:
+            mask = None if columns.is_causal(columns.sliding_window) else columns.mask(None)
+            if mask is None and columns.hidden:
+                mask = columns.mask(None)
     if columns.hidden:
-        if mask is None:
-            mask = columns.mask(None)
         while mask.ndim < 4:
             mask = mask[None]
         if mask.dtype == mx.bool_:
@@ -126,8 +128,6 @@ def attend_step(
         else:
             hidden = mx.full((*mask.shape[:3], columns.hidden), -mx.inf, mask.dtype)
         mask = mx.concatenate([hidden, mask], axis=-1)
-    elif columns.new == 0 and mask is None and new > 1:
-        mask = _lower_right(new, columns.count)
     return attend(
         queries, step.slabs, step.page_format, step.sinks, step.recent, mask, scale, softcap, history
     )

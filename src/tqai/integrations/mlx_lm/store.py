@@ -231,9 +231,9 @@ class TokenStore:
         out = TokenStore(self.config, self.sliding_window, 0)
         for name in ("seen", "counts", "first_pages", "sink_counts", "window_counts"):
             setattr(out, name, [getattr(self, name)[row] for row in rows])
-        out.page_format = self.page_format
-        if self.window is None:
+        if self.window is None or not any(out.seen):
             return out
+        out.page_format = self.page_format
         index = mx.array(list(rows), dtype=mx.int32)
         width = self.window.keys.shape[2]
         out.window = owned(self.window, width - max(out.window_counts), width, index)
