@@ -11,7 +11,7 @@ import pytest
 
 import tqai
 
-COMMANDS = ("demo", "info", "run", "compare", "benchmark")
+COMMANDS = ("demo", "info", "run", "compare", "benchmark", "bench-kv", "convert")
 
 
 def process(*arguments: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -14,8 +14,10 @@ from typing import Annotated
 import typer
 
 import tqai
+from tqai.cli.bench_kv import bench_kv
 from tqai.cli.benchmark import benchmark
 from tqai.cli.compare import compare
+from tqai.cli.convert import convert
 from tqai.cli.demo import demo
 from tqai.cli.info import info
 from tqai.cli.report import CommandError
@@ -33,7 +35,7 @@ app = typer.Typer(
     epilog="TQAI_DEBUG=1 shows the traceback of an error.",
     pretty_exceptions_enable=False,
 )
-for _command in (demo, info, run, compare, benchmark, serve):
+for _command in (demo, info, run, compare, benchmark, bench_kv, convert, serve):
     app.command()(_command)
 
 

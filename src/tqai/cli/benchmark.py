@@ -8,11 +8,13 @@ import typer
 
 from tqai.cli.models import WRONG_USAGE, find_device
 from tqai.cli.options import BackendOption, BitsK, BitsV, ConfigOption, DeviceOption, JsonOption, cache_config
-from tqai.cli.report import CommandError, console, print_json, steps
+from tqai.cli.report import CommandError, Steps, console, print_json, steps
+from tqai.config import PRESETS, CacheConfig
 
 __all__ = ["benchmark"]
 
 LARGEST_HEAD_DIM = 1024
+KV_HEADS = 8
 
 
 def benchmark(
@@ -21,41 +23,68 @@ def benchmark(
     bits_v: BitsV = None,
     head_dim: Annotated[int, typer.Option(help="Coordinates per vector.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens attended to; whole pages of 64 are used.")] = 4096,
+    n_vectors: Annotated[
+        int | None,
+        typer.Option(help="Vectors whose error is measured.", show_default="those of 8 KV heads"),
+    ] = None,
+    all_configs: Annotated[
+        bool, typer.Option("--all-configs", help="Every preset of the cache, one after another.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the vectors and of the rotation.")] = 0,
     backend: BackendOption = None,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure error and speed without a model: 8 KV heads, 32 query heads, one new token."""
-    settings = cache_config(config, bits_k=bits_k, bits_v=bits_v, seed=seed, backend=backend)
+    chosen = {"bits_k": bits_k, "bits_v": bits_v, "seed": seed, "backend": backend}
+    if all_configs and (config, bits_k, bits_v) != (None, None, None):
+        raise CommandError("--all-configs: leave --config, --bits-k and --bits-v out", WRONG_USAGE)
+    names = list(PRESETS) if all_configs else [config]
+    configs = [cache_config(name, **chosen) for name in names]
     if not 1 <= head_dim <= LARGEST_HEAD_DIM:
         raise CommandError(
             f"--head-dim {head_dim}: allowed are whole numbers from 1 to {LARGEST_HEAD_DIM}", WRONG_USAGE
         )
     if tokens < 64:
         raise CommandError(f"--tokens {tokens}: allowed are whole numbers from 64", WRONG_USAGE)
+    if n_vectors is not None and n_vectors < 1:
+        raise CommandError(f"--n-vectors {n_vectors}: allowed are whole numbers from 1", WRONG_USAGE)
     where = find_device(device)
+    results = {}
+    with steps(4 * len(configs)) as progress:
+        for settings in configs:
+            results[settings.label] = _measure(settings, head_dim, tokens, n_vectors, where, progress)
+    if json:
+        print_json({"configs": results} if all_configs else next(iter(results.values())))
+    elif all_configs:
+        _print_all(results)
+    else:
+        _print(next(iter(results.values())), configs[0].bits_k, configs[0].bits_v)
 
+
+def _measure(
+    settings: CacheConfig, head_dim: int, tokens: int, n_vectors: int | None, where: Any, progress: Steps
+) -> dict[str, Any]:
     from tqai.cli.kernel_speed import KernelBench
 
-    with steps(4) as progress:
-        progress.begin("encoding")
-        bench = KernelBench(settings, head_dim, tokens // 64, where)
-        progress.done()
-        progress.begin("checking against the reference")
-        checks = bench.check()
-        distortion = {"keys": bench.distortion("keys"), "values": bench.distortion("values")}
-        progress.done()
-        progress.begin("timing encode")
-        encode = bench.time_encode()
-        progress.done()
-        progress.begin("timing attention")
-        attention = bench.time_attention()
-        progress.done()
-    result = {
+    progress.begin(f"{settings.label}: encoding")
+    bench = KernelBench(settings, head_dim, tokens // 64, where)
+    progress.done()
+    progress.begin(f"{settings.label}: checking against the reference")
+    checks = bench.check()
+    distortion = {part: bench.distortion(part, n_vectors) for part in ("keys", "values")}
+    progress.done()
+    progress.begin(f"{settings.label}: timing encode")
+    encode = bench.time_encode()
+    progress.done()
+    progress.begin(f"{settings.label}: timing attention")
+    attention = bench.time_attention()
+    progress.done()
+    return {
         "config": settings.to_dict(),
         "head_dim": head_dim,
         "tokens": bench.tokens,
+        "n_vectors": n_vectors if n_vectors is not None else bench.tokens * KV_HEADS,
         "device": str(where),
         "backend": bench.backend.name,
         "backend_reason": bench.reason,
@@ -65,10 +94,29 @@ def benchmark(
         "encode": encode,
         "attention": attention,
     }
-    if json:
-        print_json(result)
-    else:
-        _print(result, settings.bits_k, settings.bits_v)
+
+
+def _print_all(results: dict[str, dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    first = next(iter(results.values()))
+    title = f"head_dim {first['head_dim']}, {first['tokens']} tokens, {first['device']}"
+    columns = ("", "bits per value", "NMSE keys", "NMSE values", "encode, vectors/s", "attention", "ratio")
+    table = Table(*columns, "backend", title=title)
+    for label, result in results.items():
+        attention = result["attention"]
+        table.add_row(
+            label,
+            f"{result['bits_per_value']:.3f}",
+            *(f"{result['distortion'][part]['nmse']:.5f}" for part in ("keys", "values")),
+            f"{result['encode']['vectors_per_second']:,.0f}",
+            f"{attention['ms']:.3f} ms",
+            f"{attention['speedup']:.2f}x",
+            result["backend"],
+        )
+    out = console()
+    out.print(table)
+    out.print("ratio: time of the fastest attention of torch on uncompressed tensors over that on codes")
 
 
 def _print(result: dict[str, Any], bits_k: int, bits_v: int) -> None:

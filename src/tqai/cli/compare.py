@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tqai.cli.cache_options import NO_OPTIONS, CacheOptions, with_cache_options
 from tqai.cli.measure import (
     CacheFigures,
     Decoded,
@@ -19,18 +20,11 @@ from tqai.cli.measure import (
 )
 from tqai.cli.models import LoadedModel, load_model
 from tqai.cli.options import (
-    BackendOption,
-    BitsK,
-    BitsV,
-    ConfigOption,
     DeviceOption,
     DtypeOption,
     FileOption,
     JsonOption,
     ModelOption,
-    ResidualWindow,
-    SinkTokens,
-    cache_config,
 )
 from tqai.cli.prompts import check_new_tokens, read_text, token_ids
 from tqai.cli.report import console, print_json, steps
@@ -39,42 +33,32 @@ from tqai.cli.tables import cache_columns, cache_rows, describe_difference
 __all__ = ["compare"]
 
 
+@with_cache_options
 def compare(
     prompt: Annotated[str, typer.Argument(help="What the model continues.")],
     model: ModelOption = None,
     file: FileOption = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
-    config: ConfigOption = None,
-    bits_k: BitsK = None,
-    bits_v: BitsV = None,
-    sink_tokens: SinkTokens = None,
-    residual_window: ResidualWindow = None,
-    backend: BackendOption = None,
+    cache: CacheOptions = NO_OPTIONS,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Decode the most likely tokens with an uncompressed and with a compressed cache, and compare."""
-    settings = cache_config(
-        config,
-        bits_k=bits_k,
-        bits_v=bits_v,
-        sink_tokens=sink_tokens,
-        residual_window=residual_window,
-        backend=backend,
-    )
+    cache.settings()  # what is wrong is said before a model is loaded
     check_new_tokens(max_tokens)
     text = read_text(file)
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(cache.model_source(model), device, dtype)
+    settings = cache.settings_for(loaded.model)
     input_ids = token_ids(loaded, prompt, text, chat, max_tokens)
     with steps(2) as progress:
         progress.begin("uncompressed")
         plain = _one_side(loaded, input_ids, uncompressed_cache(loaded.model), "uncompressed", max_tokens)
         progress.done()
         progress.begin(settings.label)
-        with compressed_cache(loaded.model, settings) as cache:
-            packed = _one_side(loaded, input_ids, cache, settings.label, max_tokens)
+        with compressed_cache(loaded.model, settings) as held:
+            packed = _one_side(loaded, input_ids, held, settings.label, max_tokens)
         progress.done()
 
     from tqai.evaluation.greedy import first_divergence

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tqai.cli.cache_options import NO_OPTIONS, CacheOptions, with_cache_options
 from tqai.cli.measure import (
     CacheFigures,
     Decoded,
@@ -22,17 +23,10 @@ from tqai.cli.measure import (
 )
 from tqai.cli.models import WRONG_USAGE, LoadedModel, load_model
 from tqai.cli.options import (
-    BackendOption,
-    BitsK,
-    BitsV,
-    ConfigOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelOption,
-    ResidualWindow,
-    SinkTokens,
-    cache_config,
 )
 from tqai.cli.prompts import check_new_tokens
 from tqai.cli.report import CommandError, Steps, console, print_json, steps
@@ -67,35 +61,25 @@ class Reader:
     right: list[bool]
 
 
+@with_cache_options
 def demo(
     tokens: Annotated[int, typer.Option(help="Length of the document, in tokens.")] = 8000,
     facts: Annotated[int, typer.Option(help="Hidden facts that are asked for.")] = 5,
     seed: Annotated[int, typer.Option(help="Chooses the document, the facts and their places.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
     model: ModelOption = None,
-    config: ConfigOption = None,
-    bits_k: BitsK = None,
-    bits_v: BitsV = None,
-    sink_tokens: SinkTokens = None,
-    residual_window: ResidualWindow = None,
-    backend: BackendOption = None,
+    cache: CacheOptions = NO_OPTIONS,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Let the embedded model find facts in a long document, with and without compression of its cache."""
-    settings = cache_config(
-        config,
-        bits_k=bits_k,
-        bits_v=bits_v,
-        sink_tokens=sink_tokens,
-        residual_window=residual_window,
-        backend=backend,
-    )
+    cache.settings()  # what is wrong is said before a model is loaded
     check_new_tokens(max_tokens)
     if facts < 1:
         raise CommandError(f"--facts {facts}: allowed are whole numbers from 1", WRONG_USAGE)
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(cache.model_source(model), device, dtype)
+    settings = cache.settings_for(loaded.model)
     prompt, document_ids, question_ids = _document(loaded, tokens, facts, seed, max_tokens)
     with steps(2 * (facts + 1)) as progress:
         progress.begin("warming up")
@@ -110,9 +94,9 @@ def demo(
             max_tokens,
             progress,
         )
-        with compressed_cache(loaded.model, settings) as cache:
+        with compressed_cache(loaded.model, settings) as held:
             packed = _read(
-                loaded, cache, settings.label, prompt, document_ids, question_ids, max_tokens, progress
+                loaded, held, settings.label, prompt, document_ids, question_ids, max_tokens, progress
             )
     differences = _differences(plain, packed)
     if json:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tqai.backends import resolve
 from tqai.backends.base import ExactTokens
+from tqai.cache.page_format import page_format_for
 from tqai.cache.pages import PagePool
 from tqai.config import CacheConfig
-from tqai.core.codec import CodecSpec, make_codec
-from tqai.core.page import PAGE_TOKENS, PageFormat
+from tqai.core.page import PAGE_TOKENS
 from tqai.errors import BackendError
 
 __all__ = ["KernelBench"]
@@ -40,24 +40,17 @@ class KernelBench:
     def __init__(self, config: CacheConfig, head_dim: int, pages: int, device: torch.device) -> None:
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        self.page_format = PageFormat(
-            *(
-                make_codec(
-                    CodecSpec(config.codec, head_dim, bits, config.rotation, config.scale, config.seed)
-                )
-                for bits in (config.bits_k, config.bits_v)
-            )
-        )
+        self.page_format = page_format_for(config, head_dim, head_dim)
         choice = resolve(
             self.page_format, device.type, str(self.dtype).removeprefix("torch."), config.backend
         )
         self.backend, self.reason = choice.backend, choice.reason
         self.tokens = pages * PAGE_TOKENS
         self.scaling = 1 / math.sqrt(head_dim)
-        generator = torch.Generator().manual_seed(config.seed)
+        self._generator = torch.Generator().manual_seed(config.seed)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device, self.dtype)
+            return torch.randn(*shape, generator=self._generator).to(device, self.dtype)
 
         self.keys = draw(pages, KV_HEADS, PAGE_TOKENS, head_dim)
         self.values = draw(pages, KV_HEADS, PAGE_TOKENS, head_dim)
@@ -95,13 +88,32 @@ class KernelBench:
             raise BackendError(f"backend {self.backend.name} attends wrongly: error {attention_error:.1e}")
         return {"decode_error": decode_error, "attention_error": attention_error}
 
-    def distortion(self, part: str) -> dict[str, float]:
-        """NMSE, SNR in dB and mean cosine of "keys" or "values" against what was encoded."""
-        exact: Tensor = getattr(self, part).double()
-        approximate: Tensor = getattr(self.decoded, part).double()
-        nmse = float((exact - approximate).square().sum() / exact.square().sum())
-        cosine = torch.nn.functional.cosine_similarity(exact, approximate, dim=-1).mean()
-        return {"nmse": nmse, "snr_db": -10 * math.log10(nmse), "cosine": float(cosine)}
+    def distortion(self, part: str, n_vectors: int | None = None) -> dict[str, float]:
+        """NMSE, SNR in dB and mean cosine of "keys" or "values" against what was encoded.
+
+        Of `n_vectors` vectors: the first of those encoded, and further ones drawn where they do not
+        suffice; None for all encoded ones.
+        """
+        wanted = self.keys.numel() // self.keys.shape[-1] if n_vectors is None else n_vectors
+        error = energy = cosines = 0.0
+        left = wanted
+        decoded: ExactTokens = self.decoded
+        drawn: dict[str, Tensor] = {"keys": self.keys, "values": self.values}
+        while left:
+            exact = drawn[part].double().flatten(0, -2)[:left]
+            approximate = getattr(decoded, part).double().flatten(0, -2)[:left]
+            error += float((exact - approximate).square().sum())
+            energy += float(exact.square().sum())
+            cosines += float(torch.nn.functional.cosine_similarity(exact, approximate, dim=-1).sum())
+            left -= len(exact)
+            if left:
+                fresh = torch.randn(self.keys.shape, generator=self._generator).to(self.device, self.dtype)
+                drawn = {"keys": fresh, "values": fresh}
+                raw = torch.empty_like(self.raw)
+                self.backend.encode(fresh, fresh, self.page_format, raw)
+                decoded = self.backend.decode(raw, self.page_format, torch.float32)
+        nmse = error / energy
+        return {"nmse": nmse, "snr_db": -10 * math.log10(nmse), "cosine": cosines / wanted}
 
     def time_encode(self) -> dict[str, float]:
         """Median time to encode all keys and values, as vectors and input megabytes per second."""

@@ -178,4 +178,7 @@ def _quiet_transformers() -> None:
     transformers_logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
         transformers_logging.disable_progress_bar()
+        disable_progress_bars()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tqai.config import PRESETS, CacheConfig
+from tqai.config import PRESETS, STUDY_PRESETS, CacheConfig
 
 __all__ = [
     "BackendOption",
@@ -44,7 +44,9 @@ BitsV = Annotated[
 ]
 ConfigOption = Annotated[
     str | None,
-    typer.Option("--config", help=f"Preset: {', '.join(PRESETS)}.", rich_help_panel=_PANEL),
+    typer.Option(
+        "--config", help=f"Preset: {', '.join([*PRESETS, *STUDY_PRESETS])}.", rich_help_panel=_PANEL
+    ),
 ]
 SinkTokens = Annotated[
     int | None,

@@ -8,21 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from tqai.cli.cache_options import NO_OPTIONS, CacheOptions, with_cache_options
 from tqai.cli.measure import CacheFigures, compressed_cache, figures_of, stop_ids, uncompressed_cache
 from tqai.cli.models import WRONG_USAGE, LoadedModel, load_model
 from tqai.cli.options import (
-    BackendOption,
-    BitsK,
-    BitsV,
-    ConfigOption,
     DeviceOption,
     DtypeOption,
     FileOption,
     JsonOption,
     ModelOption,
-    ResidualWindow,
-    SinkTokens,
-    cache_config,
 )
 from tqai.cli.prompts import check_new_tokens, read_text, token_ids
 from tqai.cli.report import CommandError, format_bytes, print_json, warn
@@ -30,6 +24,7 @@ from tqai.cli.report import CommandError, format_bytes, print_json, warn
 __all__ = ["run"]
 
 
+@with_cache_options
 def run(
     prompt: Annotated[str, typer.Argument(help="What the model continues.")],
     model: ModelOption = None,
@@ -39,39 +34,28 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.", show_default="none")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
     no_tqai: Annotated[bool, typer.Option("--no-tqai", help="Leave the cache uncompressed.")] = False,
-    config: ConfigOption = None,
-    bits_k: BitsK = None,
-    bits_v: BitsV = None,
-    sink_tokens: SinkTokens = None,
-    residual_window: ResidualWindow = None,
-    backend: BackendOption = None,
+    cache: CacheOptions = NO_OPTIONS,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json: JsonOption = False,
 ) -> None:
     """Generate text with a compressed cache; tokens appear as they come, the cache's figures on stderr."""
-    settings = cache_config(
-        config,
-        bits_k=bits_k,
-        bits_v=bits_v,
-        sink_tokens=sink_tokens,
-        residual_window=residual_window,
-        backend=backend,
-    )
+    cache.settings()  # what is wrong is said before a model is loaded
     check_new_tokens(max_tokens)
     if not temperature >= 0 or temperature == float("inf"):
         raise CommandError(f"--temperature {temperature}: allowed are numbers from 0", WRONG_USAGE)
     text = read_text(file)
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(cache.model_source(model), device, dtype)
+    settings = cache.settings_for(loaded.model)
     input_ids = token_ids(loaded, prompt, text, chat, max_tokens)
     with ExitStack() as stack:
         if no_tqai:
-            cache, label = uncompressed_cache(loaded.model), "uncompressed"
+            held, label = uncompressed_cache(loaded.model), "uncompressed"
         else:
-            cache, label = stack.enter_context(compressed_cache(loaded.model, settings)), settings.label
+            held, label = stack.enter_context(compressed_cache(loaded.model, settings)), settings.label
         streamer = _streamer(loaded, silent=json)
-        ids = _generate(loaded, input_ids, cache, streamer, max_tokens, temperature, seed)
-        figures = figures_of(cache, label)
+        ids = _generate(loaded, input_ids, held, streamer, max_tokens, temperature, seed)
+        figures = figures_of(held, label)
     speed = streamer.tokens_per_second()
     if json:
         print_json(
