@@ -8,3 +8,4 @@ tensor framework.
 # module a caller imports first.
 from tqai.core import qjl_codec as qjl_codec
 from tqai.core import scalar as scalar
+from tqai.core import trellis as trellis

@@ -150,6 +150,8 @@ class TorchForm(Protocol):
 FORMS: dict[str, str] = {
     "qjl": "tqai.backends.torch_ops.sketched:TorchSketchedCodec",
     "scalar": "tqai.backends.torch_ops.codes:TorchCodec",
+    "trellis": "tqai.backends.torch_ops.trellis:TorchTrellisCodec",
+    "trellis256": "tqai.backends.torch_ops.trellis:TorchTrellisCodec",
 }
 """Codec name -> "module:class" of its torch form, made from the codec and a device."""
 
