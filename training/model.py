@@ -49,6 +49,7 @@ class Shape:
             "max_position_embeddings": self.max_positions,
             "rms_norm_eps": self.eps,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.theta},
+            "rope_theta": self.theta,  # where mlx-lm looks
             "initializer_range": 0.02,
             "attention_dropout": 0.0,
             "use_cache": True,

@@ -77,7 +77,7 @@ def test_state_is_that_of_the_layer_in_torch(monkeypatch, slab_pages, chunks, se
         if name.endswith("codes"):  # a coordinate within float32 rounding of a boundary
             assert (here != there).mean() < 1e-4, name
         elif name.endswith("scales"):
-            assert np.abs(here.astype(int) - there).max() <= 1, name
+            assert np.abs(here.astype(int) - there).max() <= 4, name
             assert (here != there).mean() < 5e-3, name
         else:
             np.testing.assert_array_equal(here, there, err_msg=name)
