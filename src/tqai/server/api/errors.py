@@ -89,8 +89,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        message, param, code = _explained(first)
+        # of the branches of a union, the one that got furthest says best what is wrong
+        found = max(error.errors(), key=lambda item: len(item["loc"]))
+        message, param, code = _explained(found)
         return JSONResponse(error_body(400, message, param, code), 400)
 
     @app.exception_handler(HTTPException)

@@ -1,0 +1,166 @@
+"""Who is refused, how, and that nothing of the server's inside gets out."""
+
+import json
+import threading
+import time
+
+import httpx
+import pytest
+from serving import MODEL, serving
+
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": MESSAGES, "audio": {}}, "audio"),
+        (CHAT, {"messages": MESSAGES, "modalities": ["text"]}, "modalities"),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "refusal": "y"}]}, "messages.0.refusal"),
+        (COMPLETIONS, {"prompt": "x", "best_of": 2}, "best_of"),
+        (COMPLETIONS, {"prompt": "x", "suffix": "y"}, "suffix"),
+        (RESPONSES, {"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
+        (RESPONSES, {"input": "x", "background": True}, "background"),
+    ],
+)
+def test_unsupported_parameters_are_refused_by_name(served, path, body, param):
+    status, message, found = served.error(path, **body)
+    assert (status, found) == (400, param) and "unsupported parameter" in message and param in message
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": MESSAGES, "temperature": 2.5}, "temperature"),
+        (CHAT, {"messages": MESSAGES, "n": 0}, "n"),
+        (CHAT, {"messages": MESSAGES, "n": 17}, "n"),
+        (CHAT, {"messages": [], "n": 1}, "messages"),
+        (CHAT, {"messages": MESSAGES, "top_logprobs": 2}, "top_logprobs"),
+        (CHAT, {"messages": MESSAGES, "max_tokens": 0}, "max_tokens"),
+        (CHAT, {"messages": MESSAGES, "stream_options": {"include_usage": True}}, "stream_options"),
+        (CHAT, {"messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_schema"}}, "response_format"),
+        (COMPLETIONS, {"prompt": "x", "guided_json": {"type": "nonsense"}}, "guided_json"),
+        (COMPLETIONS, {"prompt": "x", "guided_regex": "("}, "guided_json"),
+        (COMPLETIONS, {"prompt": ["x"] * 9, "n": 2}, "n"),
+        (COMPLETIONS, {"prompt": []}, "prompt"),
+        (COMPLETIONS, {"prompt": [1, 4096]}, "prompt"),
+        (COMPLETIONS, {"prompt": "x" * 100_000}, "prompt"),
+        (COMPLETIONS, {"prompt": "x", "stop": [""]}, "stop.0"),
+        (RESPONSES, {"input": []}, "input"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(served, path, body, param):
+    status, message, found = served.error(path, **body)
+    assert status == 400 and found is not None and found.startswith(param), (message, found)
+
+
+def test_text_that_no_tokenizer_reads(served):
+    content = json.dumps({"model": MODEL, "prompt": "\ud800"})
+    answer = served.http.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
+
+
+def test_a_token_id_beyond_the_vocabulary_is_refused(served):
+    for field in ({"logit_bias": {"4096": 1}}, {"stop_token_ids": [5000]}):
+        assert served.error(COMPLETIONS, prompt="x", **field)[0] == 400
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"[]", b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000])
+def test_bodies_that_are_no_requests(served, content):
+    answer = served.http.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and set(answer.json()) == {"error"}
+
+
+def test_unknown_paths_and_methods(served):
+    assert served.http.get("/v1/nothing").status_code == 404
+    assert served.http.get(CHAT).status_code == 405
+    assert served.http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert (
+        "Server" not in served.http.get("/health").headers or "uvicorn" not in served.http.get("/health").text
+    )
+
+
+def test_cors_is_off(served):
+    answer = served.http.get("/v1/models", headers={"Origin": "http://evil.example"})
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_tokenize(served, loaded):
+    ids = loaded[1].encode("Hello there")
+    found = served.post("/tokenize", prompt="Hello there").json()
+    assert found == {"tokens": ids, "count": len(ids), "max_model_len": 9216}
+    chat = served.post("/tokenize", messages=[{"role": "user", "content": "Hello there"}]).json()
+    assert chat["tokens"] == ids
+    assert served.error("/tokenize")[0] == 400
+
+
+def test_keys_body_size_and_tools_without_a_template(make_engine):
+    with (
+        make_engine() as engine,
+        serving(
+            engine, api_keys=("first", "second"), max_body_bytes=1000, chat_template="{{ messages }}"
+        ) as served,
+    ):
+        path = "/v1/models"
+        for wrong in ({}, {"Authorization": "Bearer firs"}, {"Authorization": "Basic first"}):
+            answer = served.http.get(path, headers=wrong)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+            assert served.http.get("/metrics", headers=wrong).status_code == 401
+        assert served.http.get("/health").status_code == 200
+        served.http.headers["Authorization"] = "Bearer second"
+        assert served.http.get(path).status_code == 200
+        assert served.error(COMPLETIONS, prompt="x" * 1000)[0] == 413
+        unannounced = served.http.post(COMPLETIONS, content=(b"x" * 100 for _ in range(11)))
+        assert unannounced.status_code == 413
+        tool = {"type": "function", "function": {"name": "f"}}
+        assert served.error(CHAT, messages=MESSAGES, tools=[tool])[2] == "tools"
+        with serving(engine, chat_template=None) as bare:
+            assert served.engine.tokenizer.chat_template is None
+            assert bare.error(CHAT, messages=MESSAGES)[2] == "messages"
+
+
+def test_full_queue_and_draining(make_engine):
+    with make_engine(max_running=1, max_waiting=1) as engine, serving(engine) as served:
+        long = {"model": MODEL, "prompt": "x", "max_tokens": 4000, "stream": True, "ignore_eos": True}
+        with served.http.stream("POST", COMPLETIONS, json=long) as first:
+            next(first.iter_lines())
+            waiting = threading.Thread(
+                target=served.post, args=(COMPLETIONS,), kwargs={"prompt": "y", "max_tokens": 1}
+            )
+            waiting.start()
+            while engine.figures().waiting < 1:
+                time.sleep(0.01)
+            answer = served.post(COMPLETIONS, prompt="z")
+            assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+        waiting.join(60)
+        engine.drain()
+        answer = served.post(COMPLETIONS, prompt="z")
+        assert answer.status_code == 503 and "Retry-After" in answer.headers
+        assert served.http.get("/health").status_code == 503
+
+
+def test_an_unexpected_error_tells_nothing(served, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("secret /root/path")
+
+    monkeypatch.setattr(served.engine, "submit", broken)
+    with httpx.Client(base_url=served.url) as fresh:
+        answer = fresh.post(COMPLETIONS, json={"model": MODEL, "prompt": "x"})
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert "secret" not in answer.text and "root" not in answer.text
+
+
+def test_metrics_count(served):
+    served.post(COMPLETIONS, prompt="x", max_tokens=3, temperature=0, ignore_eos=True)
+    text = served.http.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    label = f'{{model_name="{MODEL}"}}'
+    assert float(values[f"tqai:generation_tokens_total{label}"]) >= 3
+    assert float(values[f"tqai:time_to_first_token_seconds_count{label}"]) >= 1
+    assert float(values[f"tqai:num_requests_running{label}"]) == 0
+    assert float(values[f"tqai:kv_pages_total{label}"]) == served.engine.store.pool.pages
+    status = served.http.get("/status.json").json()
+    assert status["model"] == MODEL and status["pages"] == served.engine.store.pool.pages
