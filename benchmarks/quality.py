@@ -118,6 +118,11 @@ def _work(
     import torch
     from quality_tasks import perform, warm_up
 
+    if device != "cpu":
+        from quality_gpu import quanto_without_compiler, replay_trellis
+
+        quanto_without_compiler()
+        replay_trellis()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     warm_up(device)

@@ -222,7 +222,7 @@ def _points(rows: dict[str, Any]) -> list[PlotPoint]:
     for spec, row in rows.items():
         family = row["family"]
         if family == "tqai":
-            if "window=128" not in spec or "offsets=auto" not in spec or "trellis256" in spec:
+            if "window=128" not in spec or "log8" not in spec or "trellis256" in spec:
                 continue
             family = "tqai trellis" if "codec=trellis" in spec else "tqai scalar"
         kl = row["kl_mean"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pathological import COPIES
 from provenance import ROOT
@@ -14,36 +14,37 @@ MODELS = {
 }
 
 PEERS = ("fp8", "quanto-4", "quanto-2", "hqq-4", "hqq-2")
-WINDOW = "window=128,sinks=4"
+END = "sinks=4,offsets=auto,scale_format=log8"
 # Measured with every seed; the others with the first.
-MAIN = tuple(
-    f"{bits},codec={codec},{WINDOW},offsets=auto"
-    for codec in ("trellis", "scalar")
-    for bits in ("K3/V3", "K4/V4", "K2/V2", "K4/V3", "K3/V2", "K4/V2")
+MAIN = (
+    *(f"{bits},codec=trellis,window=128,{END}" for bits in ("K3/V3", "K4/V4", "K2/V2", "K4/V3", "K3/V2")),
+    *(f"{bits},codec=trellis,window=96,{END}" for bits in ("K3/V3", "K4/V4", "K2/V2")),
+    *(f"{bits},window=128,{END}" for bits in ("K3/V3", "K4/V4", "K2/V2", "K4/V2")),
 )
 OTHERS = (
+    # scalar, from the bare codes on
     "K4/V2",
     "K4/V4",
     "K3/V3",
     "K2/V2",
+    "K4/V4,window=128,sinks=4",
+    "K3/V3,window=128,sinks=4",
     "K4/V4,offsets=auto",
     "K3/V3,offsets=auto",
+    "K4/V3,window=128,sinks=4,offsets=auto",
+    "K4/V2,window=128,sinks=4,offsets=auto",
+    # trellis, likewise
     "K4/V4,codec=trellis",
     "K3/V3,codec=trellis",
     "K2/V2,codec=trellis",
     "K3/V3,codec=trellis,offsets=auto",
-    "K3/V3,window=64,sinks=4,offsets=auto",
+    "K3/V3,codec=trellis,sinks=4,offsets=auto",
     "K3/V3,codec=trellis,window=64,sinks=4,offsets=auto",
-    "K4/V4,codec=trellis,window=64,sinks=4,offsets=auto",
-    "K2/V2,codec=trellis,window=64,sinks=4,offsets=auto",
-    f"K3/V3,codec=trellis,{WINDOW}",
-    f"K4/V4,codec=trellis,{WINDOW}",
-    f"K3/V3,codec=trellis,{WINDOW},offsets=on",
-    f"K3/V3,codec=trellis256,{WINDOW},offsets=auto",
-    f"K4/V4,codec=trellis256,{WINDOW},offsets=auto",
-    f"K2/V2,codec=trellis256,{WINDOW},offsets=auto",
-    f"K4/V4,{WINDOW}",
-    f"K3/V3,{WINDOW}",
+    "K3/V3,codec=trellis,window=128,sinks=4",
+    "K3/V3,codec=trellis,window=128,sinks=4,offsets=auto",
+    "K3/V3,codec=trellis,window=128,sinks=4,offsets=on",
+    f"K4/V2,codec=trellis,window=128,{END}",
+    *(f"{bits},codec=trellis256,window=128,{END}" for bits in ("K3/V3", "K4/V4", "K2/V2")),
 )
 
 
@@ -74,14 +75,13 @@ class Study:
     questions: int = 8
     retrieval_tokens: int = 2048
     resamples: int = 1000
-    extra: tuple[str, ...] = field(default=())
 
 
 QUICK = Study(
     models=("qwen2-6m",),
     copies=("plain", "key bias"),
     peers=("quanto-4",),
-    main=(MAIN[6],),
+    main=(MAIN[8],),
     others=("K3/V3",),
     seeds=(0, 1),
     documents=2,

@@ -15,7 +15,6 @@ from pathological import COPIES, SINK_TOKENS, Copy, largest_difference, make_cop
 from quality_settings import MODELS, Study
 
 from tqai.demo.retrieval import document
-from tqai.errors import TqaiError
 from tqai.evaluation import (
     CacheMaker,
     RetrievalTask,
@@ -56,13 +55,17 @@ def all_tasks(study: Study) -> list[Task]:
     """Everything, the most important first."""
     places = [(model, copy) for copy in study.copies for model in study.models]
     first = study.seeds[0]
-    groups = [*_groups(study.main), *_groups(study.peers), *_groups(study.others)]
+    main, others = _groups(study.main), _groups(study.others)
+    groups = [*main, *((peer,) for peer in study.peers), *others]
     tasks = [Task("copy", model, copy) for model, copy in places]
     tasks += [Task("size", model, "plain", group) for group in groups for model in study.models]
-    tasks += [Task("kl", *place, group, first) for group in groups for place in places]
-    tasks += [Task("retrieval", *place, group, first) for group in groups for place in places]
+    best = groups[: len(main) + len(study.peers)]
+    tasks += [Task("kl", *place, group, first) for group in best for place in places]
+    tasks += [Task("retrieval", *place, group, first) for group in best for place in places]
+    tasks += [Task("kl", *place, group, first) for group in others for place in places]
     for seed in study.seeds[1:]:
-        tasks += [Task("kl", *place, group, seed) for group in _groups(study.main) for place in places]
+        tasks += [Task("kl", *place, group, seed) for group in main for place in places]
+    tasks += [Task("retrieval", *place, group, first) for group in others for place in places]
     return tasks
 
 
@@ -104,8 +107,8 @@ def _makers(
         more = {"seed": seed, "backend": backend} if ours else {}
         try:
             makers.append(maker_from_spec(spec, model, **more))
-        except (TqaiError, ValueError) as error:
-            refused[spec] = {"not_measured": str(error)}
+        except Exception as error:  # whatever a foreign package raises is a reason
+            refused[spec] = {"not_measured": f"{type(error).__name__}: {error}"}
     return makers, refused
 
 
