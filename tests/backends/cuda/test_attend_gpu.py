@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.backends.cuda.conftest import causal, formats, make_case, reference, relative
@@ -88,6 +90,46 @@ def test_page_counts(cuda_backend, pages, kv_heads):
 @pytest.mark.parametrize("shape", [Shape(12, 2), Shape(5, 2), Shape(4, 1), Shape(2, 3)])
 def test_any_cut_of_the_work_gives_the_same(cuda_backend, blocks, shape):
     check(make_case(cuda_backend, formats(4, 2, 128), batch=3, pages=17), blocks=blocks, shape=shape)
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 16, 17])
+@pytest.mark.parametrize("shape", [Shape(12, 2), Shape(5, 2), Shape(4, 1), Shape(2, 3)])
+def test_any_split_of_the_segments_gives_the_same(cuda_backend, splits, cluster, shape):
+    if cluster and splits == 17:
+        pytest.skip("clusters have at most 16 blocks")
+    for pages in (0, 5, 70):
+        case = make_case(cuda_backend, formats(4, 2, 128), batch=2, pages=pages, recent=90, sinks=3)
+        check(case, splits=splits, cluster=cluster, shape=shape)
+
+
+@pytest.mark.parametrize("splits", [None, 3])
+@pytest.mark.parametrize("cluster", [False, True])
+def test_launches_that_overlap(cuda_backend, splits, cluster):
+    """Copies of pages begin while the launch before still runs: many different calls in a row."""
+    cases = [make_case(cuda_backend, formats(4, 2, 128), kv_heads=8, pages=300, seed=s) for s in range(4)]
+    launch = {} if splits is None else {"splits": splits, "cluster": cluster}
+    wanted = [run(case)[0] for case in cases]
+    got = [run(case, early=True, **launch)[0] for _ in range(10) for case in cases]
+    for i, out in enumerate(got):
+        assert relative(out, wanted[i % 4].double()) < 1e-5
+
+
+def test_a_query_written_just_before_is_the_one_that_counts(cuda_backend):
+    case = make_case(cuda_backend, formats(4, 2, 128), kv_heads=8, pages=300)
+    queries = [torch.randn_like(case.query) for _ in range(8)]
+    wanted = []
+    for query in queries:
+        case.query.copy_(query)
+        torch.cuda.synchronize()
+        wanted.append(run(case)[0])
+    torch.cuda.synchronize()
+    got = []
+    for query in queries:
+        case.query.copy_(query)
+        got.append(run(case, early=True)[0])
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -185,6 +227,53 @@ def test_ragged_lengths_are_read_on_the_device(cuda_backend):
     wanted, wanted_lse = reference(case, seen, 128**-0.5)
     assert relative(out, wanted) < BOUND
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=LSE_BOUND)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 3, 20])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, 50])
+def test_counts_of_a_history(cuda_backend, new_tokens, masked, kv_heads):
+    """Sequences with fewer pages; what their part of the table lists is not read."""
+    case = make_case(
+        cuda_backend, formats(4, 4, 128), batch=4, kv_heads=kv_heads, pages=20, sinks=3, new_tokens=new_tokens
+    )
+    counts = torch.tensor([20, 0, 7, 13], dtype=torch.int32, device="cuda")
+    index = torch.arange(causal(case).shape[-1], device="cuda")
+    absent = (index >= 3 + 64 * counts[:, None]) & (index < 3 + 1280)
+    mask = causal(case).clone().repeat(4, 1, 1, 1)
+    if masked:
+        mask[..., 5::7] = False
+    wanted, wanted_lse = reference(case, mask & ~absent[:, None, None], 128**-0.5)
+    if new_tokens <= 16:  # more are served by decoding, which reads page 0 in the place of absent ones
+        case.history.addresses[1, :] = -1
+        case.history.addresses[2, 7:] = -1
+    history = replace(case.history, counts=counts)
+    given = mask if masked else None
+    result = cuda_backend.attend(case.query, history, case.sinks, case.recent, given, 128**-0.5)
+    assert relative(result.out, wanted) < 5e-3
+    torch.testing.assert_close(result.lse.double(), wanted_lse, rtol=0, atol=5e-3)
+
+
+def test_graphs_may_be_replayed_at_the_same_time(cuda_backend):
+    """Each captured launch has a workspace of its own."""
+    cases = [make_case(cuda_backend, formats(4, 2, 128), kv_heads=8, pages=900, seed=s) for s in range(2)]
+    wanted = [run(case, splits=16, cluster=False)[0] for case in cases]
+    torch.cuda.synchronize()
+    graphs, outs = [], []
+    for case in cases:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs.append([run(case, splits=16, cluster=False)[0] for _ in range(20)])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for results, right in zip(outs, wanted, strict=True):
+        assert all(torch.equal(out, right) for out in results)
 
 
 def test_strided_inputs(cuda_backend):

@@ -15,7 +15,7 @@ from tqai.errors import BackendError
 
 
 def test_source_needs_no_include_path():
-    for name in ("attention.cu", "codes.cu"):
+    for name in ("attend_split.cu", "attend_line.cu", "codes.cu"):
         text = compiling.source(name)
         assert "#include" not in text
         assert "prmt.b32" in text or name == "codes.cu"
@@ -43,7 +43,7 @@ def test_cubins_are_kept_by_all_that_matters(monkeypatch, tmp_path):
     assert len(compiled) == 1
     compiling.cubin("codes.cu", {"DK": 64}, "sm_90")
     compiling.cubin("codes.cu", {"DK": 128}, "sm_80")
-    compiling.cubin("attention.cu", {"DK": 128}, "sm_90")
+    compiling.cubin("attend_split.cu", {"DK": 128}, "sm_90")
     assert len(compiled) == 4
     assert len(list((tmp_path / "kernels").glob("*.cubin"))) == 4
     assert not list((tmp_path / "kernels").glob("*.part"))
@@ -78,7 +78,8 @@ def test_sources_compile(tmp_path, arch, dim, bits_k, bits_v, masked):
     )
     macros = codec_macros(page_format, "bfloat16")
     attention = {**macros, "WARPS": 4, "STAGES": 2, "SOFTCAP": masked, "MASKED": masked, "OUT": 1}
-    for name, given in (("attention.cu", attention), ("codes.cu", macros)):
+    files = [("attend_split.cu", {**attention, "CLUSTER": cluster}) for cluster in (0, 1)]
+    for name, given in (*files, ("attend_line.cu", attention), ("codes.cu", macros)):
         file = tmp_path / name
         file.write_text(compiling.source(name))
         command = [

@@ -1,81 +1,45 @@
-"""Launches the attention kernel: any batch, pages by address, lengths per sequence on the device.
+"""Launches the attention kernels: any batch, pages by address, lengths per sequence on the device.
 
 `attend_pages` never waits for the device, allocates nothing but its result (and, the first time on a
 stream, a workspace), reads page addresses and lengths on the device, and can be captured in a CUDA graph.
+What does not change from step to step (kernel, grid, most parameters) is prepared once and kept.
 """
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from tqai.backends.cuda.driver import Kernel, kernel, shared_memory_bytes
+from tqai.backends.cuda.driver import Kernel, Launch, kernel, shared_memory_bytes
 from tqai.backends.cuda.levels import integer_levels
+from tqai.backends.cuda.params import CHANGING, FACTORS, Sizes, divisor
 from tqai.backends.cuda.plan import (
     COLUMNS,
+    MAX_CLUSTER,
     Shape,
     attention_shared_bytes,
     block_count,
     choose_shape,
     codec_macros,
-    division,
     rotation_plan,
+    split_count,
 )
+from tqai.backends.cuda.workspace import ABSENT, COUNTERS, workspace
 from tqai.core.page import PageFormat
 from tqai.errors import BackendError, InputError
 
-__all__ = ["MAX_BATCH", "Exact", "Workspace", "attend_pages", "prepare"]
+__all__ = ["MAX_BATCH", "Exact", "attend_pages", "prepare"]
 
 MAX_BATCH = 1024
 DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 EXACT_TOKENS = 16
 """Exact tokens of one work item."""
-
-
-class _Levels(ctypes.Structure):
-    _fields_ = [("tables", ctypes.c_uint32 * 4), ("coefficients", ctypes.c_float * 4)]
-
-
-class _Divisor(ctypes.Structure):
-    _fields_ = [("factor", ctypes.c_uint32), ("shift", ctypes.c_uint32)]
-
-
-@lru_cache(maxsize=1024)
-def _divisor(divisor: int) -> _Divisor:
-    return _Divisor(*division(divisor))
-
-
-def _fields(kind: Any, *names: str) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names]
-
-
-class _Params(ctypes.Structure):
-    """`Params` of attention.cu, field by field."""
-
-    _fields_ = [
-        *_fields(ctypes.c_uint64, "addresses"),
-        *_fields(ctypes.c_int64, "address_stride"),
-        *_fields(ctypes.c_uint64, "page_counts", "recent_counts"),
-        *_fields(ctypes.c_int32, "pages", "sinks", "recent", "first_token"),
-        *_fields(ctypes.c_int32, "batch", "kv_heads", "group", "new_tokens", "col_groups"),
-        *_fields(_Divisor, "by_items", "by_heads", "by_col_groups", "by_group", "by_grid"),
-        *_fields(ctypes.c_float, "scaling", "softcap"),
-        *_fields(ctypes.c_uint64, "query"),
-        *_fields(ctypes.c_int64 * 3, "query_strides"),
-        *_fields(ctypes.c_uint64, "plan_k", "plan_v", "lut_k", "lut_v"),
-        *_fields(_Levels, "levels_k", "levels_v"),
-        *_fields(ctypes.c_uint64, "recent_keys", "recent_values", "sink_keys", "sink_values"),
-        *_fields(ctypes.c_int64 * 3, "recent_key_strides", "recent_value_strides"),
-        *_fields(ctypes.c_int64 * 3, "sink_key_strides", "sink_value_strides"),
-        *_fields(ctypes.c_uint64, "mask"),
-        *_fields(ctypes.c_int64 * 4, "mask_strides"),
-        *_fields(ctypes.c_uint64, "partial", "counters", "out", "lse"),
-    ]
+KEPT_CALLS = 4096
+"""Prepared calls that are kept; a new number of pages every 64 tokens makes new ones."""
 
 
 @dataclass(frozen=True)
@@ -90,69 +54,46 @@ class Exact:
     counts: torch.Tensor | None = None
 
 
-class Workspace:
-    """Partial results and arrival counters. One per stream: launches on it follow one another."""
+@dataclass(frozen=True)
+class Call:
+    """What depends on sizes alone.
 
-    def __init__(self, device: torch.device, floats: int, segments: int) -> None:
-        self.partial = torch.empty(floats, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(segments, dtype=torch.int32, device=device)
+    Attributes: `sizes`, the second half of the parameters; `words`, of partial results, in a buffer that is
+    `awaited` or not; `segments`, counters.
+    """
 
-    def holds(self, floats: int, segments: int) -> bool:
-        return self.partial.numel() >= floats and self.counters.numel() >= segments
-
-
-# Workspaces are never freed: a captured graph may hold their addresses. Calls of one stream follow one
-# another and share one; all captured graphs share one too, so they must not be replayed at the same time.
-_WORKSPACES: dict[tuple[torch.device, int], Workspace] = {}
-_CAPTURED = -1
-LEAST_FLOATS = 1 << 19
-LEAST_SEGMENTS = 1 << 16
-
-
-def _workspace(device: torch.device, stream: int, floats: int, segments: int) -> Workspace:
-    captured = torch.cuda.is_current_stream_capturing()
-    key = (device, _CAPTURED if captured else stream)
-    found = _WORKSPACES.get(key)
-    if found is not None and found.holds(floats, segments):
-        return found
-    made = Workspace(device, max(floats, LEAST_FLOATS), max(2 * segments, LEAST_SEGMENTS))
-    if not captured:  # one made under capture belongs to its graph, which zeroes it at every replay
-        if found is not None:
-            _OUTGROWN.append(found)
-        _WORKSPACES[key] = made
-    return made
-
-
-_OUTGROWN: list[Workspace] = []
+    launch: Launch
+    sizes: bytes
+    words: int
+    awaited: bool
+    segments: int
 
 
 class _Prepared:
-    """What depends on the page format, the dtype and the device alone: tables, rotations, parameters."""
+    """What depends on the page format, the dtype and the device: tables, rotations, kernels, calls."""
 
     def __init__(self, page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> None:
         self.format = page_format
         self.macros = codec_macros(page_format, DTYPE_NAMES[dtype])
         self.device = device
-        self.params = _Params()
+        self.sizes = Sizes(factors=FACTORS)
         self._kept: list[torch.Tensor] = []
         for side, codec in (("k", page_format.key), ("v", page_format.value)):
             levels = integer_levels(codec)
-            target = getattr(self.params, f"levels_{side}")
+            target = getattr(self.sizes, f"levels_{side}")
             if codec.spec.bits == 8:
                 lookup = torch.from_numpy(levels.lookup().view("int32")).to(device)
-                setattr(self.params, f"lut_{side}", self._keep(lookup))
+                setattr(self.sizes, f"lut_{side}", self._keep(lookup))
             else:
                 target.tables[:] = levels.permute_tables()
             target.coefficients[:] = (levels.coef_a, levels.coef_b, levels.unit, levels.kappa)
             plan = torch.from_numpy(rotation_plan(codec)).to(device)
-            setattr(self.params, f"plan_{side}", self._keep(plan))
+            setattr(self.sizes, f"plan_{side}", self._keep(plan))
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.has_clusters = torch.cuda.get_device_capability(device) >= (9, 0)
         self.shared_limit = shared_memory_bytes(device.index or 0)
-        self._kernels: dict[tuple[Any, ...], Kernel] = {}
-        self._shapes: dict[int, Shape] = {}
-        self._shared: dict[tuple[Shape, int], int] = {}
-        if (device, _CAPTURED) not in _WORKSPACES:
-            _WORKSPACES[device, _CAPTURED] = Workspace(device, LEAST_FLOATS, LEAST_SEGMENTS)
+        self._calls: dict[tuple[Any, ...], Call] = {}
+        self._clusters: dict[tuple[int, ...], int] = {}
         self.value_dim = page_format.value.spec.head_dim
 
     def _keep(self, tensor: torch.Tensor) -> int:
@@ -160,50 +101,101 @@ class _Prepared:
         return tensor.data_ptr()
 
     def shape(self, batch: int) -> Shape:
-        found = self._shapes.get(batch)
+        found = choose_shape(self.format, self.shared_limit, batch)
         if found is None:
-            found = choose_shape(self.format, self.shared_limit, batch)
-            if found is None:
-                raise BackendError(
-                    f"a page of {self.format.page_bytes} bytes does not fit into shared memory"
-                )
-            self._shapes[batch] = found
+            raise BackendError(f"a page of {self.format.page_bytes} bytes does not fit into shared memory")
         return found
 
-    def shared(self, shape: Shape, batch: int) -> int:
-        found = self._shared.get((shape, batch))
+    def kernel(self, file: str, shared_bytes: int, shape: Shape, **macros: int) -> Kernel:
+        given = {**self.macros, "WARPS": shape.warps, "STAGES": shape.stages, **macros}
+        return kernel(file, "tqai_attend", given, self.device, shared_bytes)
+
+    def call(self, key: CallKey) -> Call:
+        """The call of these sizes, prepared at first use."""
+        found = self._calls.get(key)
         if found is None:
-            found = self._shared[shape, batch] = attention_shared_bytes(self.format, shape, batch)
+            if len(self._calls) >= KEPT_CALLS:
+                self._calls.clear()
+            found = self._calls[key] = self._new_call(*key)
         return found
 
-    def kernel(
-        self, shape: Shape, softcap: bool, masked: bool, out: torch.dtype, shared_bytes: int
-    ) -> Kernel:
-        key = (shape, softcap, masked, out)
-        found = self._kernels.get(key)
+    def _new_call(
+        self,
+        batch: int,
+        kv_heads: int,
+        group: int,
+        new_tokens: int,
+        pages: int,
+        sinks: int,
+        exact_items: int,
+        softcap: float | None,
+        masked: bool,
+        out_dtype: torch.dtype,
+        shape: Shape | None,
+        blocks: int | None,
+        splits: int | None,
+        cluster: bool | None,
+    ) -> Call:
+        shape = shape or self.shape(batch)
+        shared = attention_shared_bytes(self.format, shape, batch)
+        col_groups = -(-group * new_tokens // COLUMNS)
+        segments = batch * kv_heads * col_groups
+        items = pages + exact_items
+        macros = {"SOFTCAP": int(softcap is not None), "MASKED": int(masked), "OUT": OUT_CODES[out_dtype]}
+        if splits is None and blocks is None:
+            splits = split_count(self.multiprocessors, segments, items)
+        sizes = Sizes.from_buffer_copy(self.sizes)
+        threads, words = shape.warps * 32, 0
+        part = COLUMNS * (self.value_dim + 2)
+        if splits is not None:
+            clustered = self.kernel("attend_split.cu", shared, shape, CLUSTER=1, **macros)
+            fits = splits == 1 or self._fit(clustered, splits, segments, threads, shared)
+            cluster = fits if cluster is None else cluster
+            function = clustered
+            if not cluster:
+                function = self.kernel("attend_split.cu", shared, shape, CLUSTER=0, **macros)
+                words = splits * segments * part
+            count, grid = splits, (splits, segments)
+        else:
+            count = blocks or block_count(self.multiprocessors, segments, items)
+            function, grid = self.kernel("attend_line.cu", shared, shape, **macros), (count, 1)
+            words = count * 2 * part
+        launch = Launch(
+            function, grid, threads, shared, splits if splits and cluster else 1, self.has_clusters
+        )
+        sizes.pages, sizes.sinks, sizes.batch, sizes.kv_heads = pages, sinks, batch, kv_heads
+        sizes.group, sizes.new_tokens, sizes.col_groups = group, new_tokens, col_groups
+        sizes.softcap = softcap or 0.0
+        sizes.by_items = divisor(max(items, 1))
+        sizes.by_heads = divisor(kv_heads * col_groups)
+        sizes.by_col_groups = divisor(col_groups)
+        sizes.by_group = divisor(group)
+        sizes.by_grid = divisor(count)
+        return Call(launch, bytes(sizes), words, splits is not None, segments)
+
+    def _fit(self, function: Kernel, splits: int, segments: int, threads: int, shared: int) -> bool:
+        """Whether clusters of `splits` blocks, one for each segment, run all at a time."""
+        if not self.has_clusters or splits > MAX_CLUSTER:
+            return False
+        key = (function.address, splits, threads, shared)
+        found = self._clusters.get(key)
         if found is None:
-            macros = {
-                **self.macros,
-                "WARPS": shape.warps,
-                "STAGES": shape.stages,
-                "SOFTCAP": int(softcap),
-                "MASKED": int(masked),
-                "OUT": OUT_CODES[out],
-            }
-            found = kernel("attention.cu", "tqai_attend", macros, self.device, shared_bytes)
-            self._kernels[key] = found
-        return found
+            found = self._clusters[key] = function.clusters(splits, threads, shared)
+        return found >= segments
+
+
+CallKey = tuple[Any, ...]
 
 
 def prepare(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile and load the kernel that decoding uses most, so that a failure shows early.
+    """Compile and load the kernels that decoding uses most, so that a failure shows early.
 
     Raises:
-        BackendError: it does not compile or load.
+        BackendError: they do not compile or load.
     """
     ready = prepared(page_format, dtype, device)
-    shape = ready.shape(1)
-    ready.kernel(shape, False, False, dtype, attention_shared_bytes(page_format, shape, 1))
+    for pages in (1024, 4):
+        ready.call((1, 8, 4, 1, pages, 0, 1, None, False, dtype, None, None, None, None))
 
 
 @lru_cache(maxsize=64)
@@ -226,8 +218,11 @@ def attend_pages(
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
     out_dtype: torch.dtype | None = None,
+    early: bool = False,
     shape: Shape | None = None,
     blocks: int | None = None,
+    splits: int | None = None,
+    cluster: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over sinks, pages and recent tokens of every sequence, merged, in one launch.
 
@@ -238,9 +233,12 @@ def attend_pages(
         page_counts: int32 `[batch]` on the device, pages of each sequence.
         first_token: so many tokens of each first page are hidden.
         mask: bool `[batch or 1, query_heads or 1, new_tokens, sinks + history + recent]` or None.
-            With a mask, lengths are uniform and no causal order is added.
+            With a mask, recent lengths are uniform and no causal order is added.
         out_dtype: dtype of the result, by default that of `query`.
-        shape, blocks: launch shape; by default the best that fits.
+        early: addresses and pages were written before the launch that precedes this one on the stream
+            was made: their copies may begin before that one has ended.
+        shape, blocks, splits, cluster: form of the launch; by default the best that fits. `blocks` cuts
+            the line of all work, `splits` every segment, with or without a `cluster` for each.
 
     Returns:
         `[batch, query_heads, new_tokens, value_head_dim]` and log-sum-exp float32
@@ -259,66 +257,73 @@ def attend_pages(
     if exact is None:
         raise InputError("neither recent tokens nor sinks: the number of KV heads is not known")
     kv_heads = exact.keys.shape[1]
-    group = query_heads // kv_heads
-    col_groups = -(-group * new_tokens // COLUMNS)
-    dim = ready.value_dim
-    out = torch.empty(batch, query_heads, new_tokens, dim, dtype=out_dtype or query.dtype, device=device)
-    lse = torch.empty(batch, query_heads, new_tokens, dtype=torch.float32, device=device)
-    params = _Params.from_buffer_copy(ready.params)
-    params.query = query.data_ptr()
-    params.query_strides[:] = query.stride()[:3]
-    sink_tokens = recent_tokens = 0
-    if sinks is not None and sinks.keys.shape[2]:
-        sink_tokens = sinks.keys.shape[2]
-        params.sink_keys, params.sink_values = sinks.keys.data_ptr(), sinks.values.data_ptr()
-        params.sink_key_strides[:] = sinks.keys.stride()[:3]
-        params.sink_value_strides[:] = sinks.values.stride()[:3]
-    if recent is not None and recent.keys.shape[2]:
-        recent_tokens = recent.keys.shape[2]
-        params.recent_keys, params.recent_values = recent.keys.data_ptr(), recent.values.data_ptr()
-        params.recent_key_strides[:] = recent.keys.stride()[:3]
-        params.recent_value_strides[:] = recent.values.stride()[:3]
-        if recent.counts is not None:
-            params.recent_counts = recent.counts.data_ptr()
-    if mask is not None:
-        params.mask = mask.data_ptr()
-        strides = mask.stride()
-        params.mask_strides[:] = (
-            strides[0] if mask.shape[0] > 1 else 0,
-            strides[1] if mask.shape[1] > 1 else 0,
-            strides[2],
-            strides[3],
+    sink_tokens = 0 if sinks is None else sinks.keys.shape[2]
+    recent_tokens = 0 if recent is None else recent.keys.shape[2]
+    items = -(-recent_tokens // EXACT_TOKENS) + -(-sink_tokens // EXACT_TOKENS)
+    ragged = page_counts is not None
+    dtype = out_dtype or query.dtype
+    group, masked = query_heads // kv_heads, mask is not None
+    call = ready.call(
+        (
+            *(batch, kv_heads, group, new_tokens, pages, sink_tokens, items),
+            *(softcap, masked, dtype, shape, blocks, splits, cluster),
         )
-    params.addresses = addresses.data_ptr()
-    params.address_stride = addresses.stride(0)
-    if page_counts is not None:
-        params.page_counts = page_counts.data_ptr()
-    params.out, params.lse = out.data_ptr(), lse.data_ptr()
-    params.batch, params.kv_heads, params.group = batch, kv_heads, group
-    params.new_tokens, params.col_groups = new_tokens, col_groups
-    params.pages, params.sinks, params.recent, params.first_token = (
-        pages,
-        sink_tokens,
+    )
+    out = query.new_empty((batch, query_heads, new_tokens, ready.value_dim), dtype=dtype)
+    lse = query.new_empty((batch, query_heads, new_tokens), dtype=torch.float32)
+    recent_counts = None if recent is None else recent.counts
+    stream = _stream(device)
+    partial = counters = 0
+    if call.words:
+        if call.awaited:
+            partial = workspace(device, stream, ABSENT, call.words)
+        else:
+            counters = workspace(device, stream, COUNTERS, call.segments)
+            held = query.new_empty(call.words, dtype=torch.float32)  # freed in stream order
+            partial = held.data_ptr()
+    changing = CHANGING.pack(
+        addresses.data_ptr(),
+        addresses.stride(0),
+        0 if page_counts is None else page_counts.data_ptr(),
+        0 if recent_counts is None else recent_counts.data_ptr(),
+        query.data_ptr(),
+        *query.stride()[:3],
+        *_where(recent if recent_tokens else None),
+        *_where(sinks if sink_tokens else None),
+        *_strides(recent if recent_tokens else None),
+        *_strides(sinks if sink_tokens else None),
+        *_mask(mask),
+        partial,
+        counters,
+        out.data_ptr(),
+        lse.data_ptr(),
         recent_tokens,
         first_token,
+        early and not ragged,
+        scaling,
     )
-    params.scaling, params.softcap = scaling, softcap or 0.0
-    segments = batch * kv_heads * col_groups
-    items = pages + -(-recent_tokens // EXACT_TOKENS) + -(-sink_tokens // EXACT_TOKENS)
-    grid = blocks or block_count(ready.multiprocessors, segments, items)
-    for name, divisor in (
-        ("by_items", max(items, 1)),
-        ("by_heads", kv_heads * col_groups),
-        ("by_col_groups", col_groups),
-        ("by_group", group),
-        ("by_grid", grid),
-    ):
-        setattr(params, name, _divisor(divisor))
-    shape = shape or ready.shape(batch)
-    shared = ready.shared(shape, batch)
-    launcher = ready.kernel(shape, softcap is not None, mask is not None, out.dtype, shared)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    workspace = _workspace(device, stream, grid * 2 * COLUMNS * (dim + 2), segments)
-    params.partial, params.counters = workspace.partial.data_ptr(), workspace.counters.data_ptr()
-    launcher.launch(params, (grid, 1), shape.warps * 32, shared, stream)
+    call.launch(changing + call.sizes, stream)
     return out, lse
+
+
+def _where(exact: Exact | None) -> tuple[int, int]:
+    return (0, 0) if exact is None else (exact.keys.data_ptr(), exact.values.data_ptr())
+
+
+def _strides(exact: Exact | None) -> tuple[int, ...]:
+    return (0,) * 6 if exact is None else exact.keys.stride()[:3] + exact.values.stride()[:3]
+
+
+def _mask(mask: torch.Tensor | None) -> tuple[int, ...]:
+    if mask is None:
+        return (0,) * 5
+    rows, heads, step, token = mask.stride()
+    batch, query_heads = mask.shape[:2]
+    return mask.data_ptr(), rows if batch > 1 else 0, heads if query_heads > 1 else 0, step, token
+
+
+def _stream(device: torch.device) -> int:
+    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    if raw is not None and device.index is not None:
+        return int(raw(device.index))
+    return int(torch.cuda.current_stream(device).cuda_stream)

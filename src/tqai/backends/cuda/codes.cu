@@ -416,14 +416,19 @@ __device__ void decode_side(const Side& s, const u8* codes, const u16* scales, u
     __syncthreads();
     for (int token = warp; token < PAGE_TOKENS; token += CODE_WARPS) {
         float* row = rows + token * PITCH;
-        if (back) rotate_rows<D, ROUNDS, true, 1>(row, 0, s.plan, lane);
+        float v[(D + 31) / 32];
+#pragma unroll
+        for (int i = 0; i < (D + 31) / 32; ++i) v[i] = D % 32 == 0 || lane + 32 * i < D ? row[lane + 32 * i] : 0.0f;
+        if (back) rotate<D, ROUNDS, true>(v, row, s.plan, lane);
         const float scale = bits_float((u32)scales[token] << 16);
         const float most = out_dtype == 0 ? 65504.0f : out_dtype == 1 ? bits_float(0x7f7f0000u) : bits_float(0x7f7fffffu);
-        for (int d = lane; d < D; d += 32) {
-            float y = row[d] * scale;
+#pragma unroll
+        for (int i = 0; i < (D + 31) / 32; ++i) {
+            const int d = lane + 32 * i;
+            float y = v[i] * scale;
             if (y > most) y = most;
             if (y < -most) y = -most;
-            store_one(s.out, ((i64)blockIdx.x * PAGE_TOKENS + token) * D + d, y, out_dtype);
+            if (D % 32 == 0 || d < D) store_one(s.out, ((i64)blockIdx.x * PAGE_TOKENS + token) * D + d, y, out_dtype);
         }
     }
 }

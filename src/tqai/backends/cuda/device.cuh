@@ -140,57 +140,43 @@ __device__ __forceinline__ void hadamard(float (&x)[N], int lane) {
     }
 }
 
-// Rotates (or rotates back) in place ROWS vectors of D floats in shared memory, `pitch` apart, by one warp.
-// `plan` is, for Hadamard, ROUNDS rows of D signs, the normaliser folded into the first; for a matrix, two
-// matrices [D][D] of which element [e][d] of the first takes coordinate e to d (R transposed), and the
-// second back.
-template <int D, int ROUNDS, bool BACK, int ROWS>
-__device__ __forceinline__ void rotate_rows(float* x, int pitch, const float* __restrict__ plan, int lane) {
-    constexpr int N = (D + 31) / 32;
-    float v[ROWS][N];
-    __syncwarp();
+// Rotates (or rotates back) one vector of D floats held by one warp: lane l has elements l, l + 32, ...; what
+// is beyond D must be 0. `plan` is, for Hadamard, ROUNDS rows of D signs, the normaliser folded into the
+// first; for a matrix, two matrices [D][D] of which element [e][d] of the first takes coordinate e to d (R
+// transposed), and the second back. `row` is room for D floats in shared memory, used for a matrix alone.
+template <int D, int ROUNDS, bool BACK, int N = (D + 31) / 32>
+__device__ __forceinline__ void rotate(float (&v)[N], [[maybe_unused]] float* row, const float* __restrict__ plan, int lane) {
     if constexpr (ROUNDS > 0) {
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-            for (int i = 0; i < N; ++i) v[r][i] = x[r * pitch + lane + 32 * i];
 #pragma unroll 1
         for (int k = 0; k < ROUNDS; ++k) {
             const float* sign = plan + (BACK ? ROUNDS - 1 - k : k) * D;
+            if (!BACK) {
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                if (!BACK) {
+                for (int i = 0; i < N; ++i) v[i] *= sign[lane + 32 * i];
+            }
+            hadamard<N>(v, lane);
+            if (BACK) {
 #pragma unroll
-                    for (int i = 0; i < N; ++i) v[r][i] *= sign[lane + 32 * i];
-                }
-                hadamard<N>(v[r], lane);
-                if (BACK) {
-#pragma unroll
-                    for (int i = 0; i < N; ++i) v[r][i] *= sign[lane + 32 * i];
-                }
+                for (int i = 0; i < N; ++i) v[i] *= sign[lane + 32 * i];
             }
         }
     } else {
         const float* m = plan + (BACK ? D * D : 0);
+        __syncwarp();
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-            for (int i = 0; i < N; ++i) v[r][i] = 0.0f;
+        for (int i = 0; i < N; ++i) {
+            if (D % 32 == 0 || lane + 32 * i < D) row[lane + 32 * i] = v[i];
+            v[i] = 0.0f;
+        }
+        __syncwarp();
 #pragma unroll 4
         for (int e = 0; e < D; ++e) {
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 float f = D % 32 == 0 || lane + 32 * i < D ? m[e * D + lane + 32 * i] : 0.0f;
-#pragma unroll
-                for (int r = 0; r < ROWS; ++r) v[r][i] = fmaf(f, x[r * pitch + e], v[r][i]);
+                v[i] = fmaf(f, row[e], v[i]);
             }
         }
+        __syncwarp();
     }
-    __syncwarp();
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-        for (int i = 0; i < N; ++i)
-            if (D % 32 == 0 || lane + 32 * i < D) x[r * pitch + lane + 32 * i] = v[r][i];
-    __syncwarp();
 }

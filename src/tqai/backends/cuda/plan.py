@@ -16,6 +16,7 @@ from tqai.core.rotation import hadamard_signs
 __all__ = [
     "COLUMNS",
     "MAX_BLOCKS",
+    "MAX_CLUSTER",
     "MAX_HEAD_DIM",
     "Shape",
     "attention_shared_bytes",
@@ -27,6 +28,7 @@ __all__ = [
     "quantizer_cells",
     "refuse_format",
     "rotation_plan",
+    "split_count",
 ]
 
 MAX_HEAD_DIM = 256
@@ -38,12 +40,16 @@ DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 SHAPES = ((12, 2), (12, 1), (8, 2), (8, 1), (6, 1), (4, 1), (2, 1), (1, 1))
 CODE_WARPS = 8
 MAX_BLOCKS = 160
-"""Blocks that may share a segment: MAX_STATS of `attention.cu`."""
+"""Most blocks of a launch."""
+MAX_CLUSTER = 16
+"""Most blocks of a cluster on sm_90; more than 8 only where the device agrees."""
 
 
 LARGE_WORK_ITEMS = 100
 """With fewer items per block than this, blocks are cut at segment ends: a second segment costs more
 than an idle multiprocessor."""
+ITEMS_OF_BLOCK = 12
+"""So few items are not divided among more blocks: about one for each warp."""
 LEAST_SHARE = 0.94
 """And with more, too, if so large a share of the multiprocessors stays busy."""
 
@@ -58,6 +64,8 @@ class Shape:
 
 def refuse_format(page_format: PageFormat) -> str | None:
     """Why these codecs have no CUDA kernel, or None."""
+    if page_format.scale_format != "bfloat16":
+        return f"scale_format {page_format.scale_format!r}: the kernels read bfloat16 scales"
     for what, codec in (("keys", page_format.key), ("values", page_format.value)):
         spec = codec.spec
         if spec.name != "scalar":
@@ -88,7 +96,7 @@ def codec_macros(page_format: PageFormat, dtype: str) -> dict[str, int]:
 
 
 def attention_shared_bytes(page_format: PageFormat, shape: Shape, batch: int) -> int:
-    """Dynamic shared memory of one block, bytes; the parts are named in `attention.cu`."""
+    """Dynamic shared memory of one block, bytes; the parts are named in `params.cuh`."""
     key, value = page_format.key.spec, page_format.value.spec
     steps = (key.head_dim // UNIT_DIMS + 1) // 2
     value_tables = 2 if value.bits in (4, 8) else 1
@@ -98,12 +106,12 @@ def attention_shared_bytes(page_format: PageFormat, shape: Shape, batch: int) ->
         (
             warps * shape.stages * page_format.page_bytes,
             32768 * ((key.bits == 8) + (value.bits == 8)),
-            COLUMNS * (value.head_dim + 8) * 4,
-            MAX_BLOCKS * COLUMNS * 8,
+            COLUMNS * (value.head_dim + 8) * 4 + COLUMNS * 8,
+            max(warps, 8) * COLUMNS * 8,
             COLUMNS * key.head_dim * 4,
             signs * 4,
             2 * 8 * (32 * steps + 16),
-            warps * value_tables * 544,
+            warps * max(value_tables * 544, 4 * key.head_dim, 4 * value.head_dim),
             warps * shape.stages * 8 + 16,
             COLUMNS * 8,
             4 * (4 + warps),
@@ -190,3 +198,14 @@ def block_count(multiprocessors: int, segments: int, items: int) -> int:
         if total <= LARGE_WORK_ITEMS * most or even >= LEAST_SHARE * most:
             return max(1, min(even, total))
     return max(1, min(most, total))
+
+
+def split_count(multiprocessors: int, segments: int, items: int) -> int | None:
+    """Blocks for each segment where all segments are cut alike (`attend_split.cu`), or None: cut the line."""
+    most = min(multiprocessors, MAX_BLOCKS)
+    if segments > most:
+        return None
+    splits = most // segments
+    if segments * max(items, 1) > LARGE_WORK_ITEMS * most and splits * segments < LEAST_SHARE * most:
+        return None
+    return max(1, min(splits, -(-items // ITEMS_OF_BLOCK)))

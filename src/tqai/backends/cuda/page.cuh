@@ -1,0 +1,167 @@
+// One page of one segment by one warp: logits, weights, sums of values. No barrier but the warp's own.
+
+// What a warp has seen so far of a segment, in base 2. `o` has `kappa` still in it; see `settled`.
+struct Running {
+    float o[V_UNITS][2], top, sum, weight_sum;
+
+    __device__ __forceinline__ void clear() {
+        top = NOTHING;
+        sum = weight_sum = 0.0f;
+#pragma unroll
+        for (int u = 0; u < V_UNITS; ++u) o[u][0] = o[u][1] = 0.0f;
+    }
+};
+
+#if MASKED
+// Where the mask of column c begins, such that token t of the history lies t strides further.
+__device__ __forceinline__ const u8* mask_row(const Params& p, const Place& at, int c) {
+    int head, token;
+    at.column(p, c, head, token);
+    return p.mask + at.b * p.mask_strides[0] + head * p.mask_strides[1] + token * p.mask_strides[2] + (p.sinks - p.first_token) * p.mask_strides[3];
+}
+#endif
+
+__device__ __forceinline__ void take_page(const Params& p, const Shared& m, const Query& q, Running& r, const u8* data, [[maybe_unused]] const u8* mask, int page, u8* scratch, int lane) {
+    const int g = lane >> 2, c = lane & 3;
+    const Levels &lk = p.levels_k, &lv = p.levels_v;
+    int dots[4][4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        dots[j][0] = dots[j][2] = 0;
+        dots[j][1] = dots[j][3] = q.less;
+    }
+#pragma unroll
+    for (int v = 0; v < K_STEPS; ++v) {
+        u32 w0[BK], a0[8], b0[8];
+        load_unit<BK>(data + (2 * v) * (BK * 128), lane, w0);
+        unpack_unit<BK>(w0, lk, p.factors, m.lut_k(), lane, a0, b0);
+        if (2 * v + 1 < K_UNITS) {
+            u32 w1[BK], a1[8], b1[8];
+            load_unit<BK>(data + (2 * v + 1) * (BK * 128), lane, w1);
+            unpack_unit<BK>(w1, lk, p.factors, m.lut_k(), lane, a1, b1);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                mma_s8s8(dots[j], a0[2 * j], a0[2 * j + 1], a1[2 * j], a1[2 * j + 1], q.a[v][0], q.a[v][1]);
+                if (K_TABLES == 2) mma_s8s8(dots[j], b0[2 * j], b0[2 * j + 1], b1[2 * j], b1[2 * j + 1], q.b[v][0], q.b[v][1]);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                mma_s8s8_half(dots[j], a0[2 * j], a0[2 * j + 1], q.a[v][0]);
+                if (K_TABLES == 2) mma_s8s8_half(dots[j], b0[2 * j], b0[2 * j + 1], q.b[v][0]);
+            }
+        }
+    }
+
+    const uint4 sk4 = *(const uint4*)(data + K_SCALES_AT + g * 16);
+    const uint4 sv4 = *(const uint4*)(data + V_SCALES_AT + g * 16);
+    const u32 sk[4] = {sk4.x, sk4.y, sk4.z, sk4.w}, sv[4] = {sv4.x, sv4.y, sv4.z, sv4.w};
+    float x[8], w[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float d = (float)(dots[i >> 1][(i & 1) * 2] * p.factors.left8 + dots[i >> 1][(i & 1) * 2 + 1]);
+        x[i] = d * bits_float(i & 1 ? sk[i >> 1] & 0xffff0000u : sk[i >> 1] << 16);
+        w[i] = bits_float(i & 1 ? sv[i >> 1] & 0xffff0000u : sv[i >> 1] << 16);
+#if SOFTCAP
+        x[i] = (LOG2E * p.softcap) * (1.0f - 2.0f * rcp_fast(exp2f(x[i] * q.scale) + 1.0f));
+#endif
+    }
+#if MASKED
+    {
+        i64 t = (i64)page * PAGE_TOKENS + g * 8;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            bool seen = t + i >= p.first_token && mask[(t + i) * p.mask_strides[3]];
+            x[i] = seen ? x[i] : -INF;
+            w[i] = seen ? w[i] : 0.0f;
+        }
+    }
+#else
+    if (page == 0 && p.first_token > 0) {
+        asm volatile("" ::: "memory");  // a branch: every other page would pay for selections
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            bool seen = g * 8 + i >= p.first_token;
+            x[i] = seen ? x[i] : -INF;
+            w[i] = seen ? w[i] : 0.0f;
+        }
+    }
+#endif
+    // The reference of the exponentials moves only when a logit rises far above it: float32 has
+    // room for 2^40, and the weights are normalized once more below.
+    float most = max_nan(max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])), max_nan(max_nan(x[4], x[5]), max_nan(x[6], x[7])));
+#if SOFTCAP
+    const float unit = 1.0f;
+#else
+    const float unit = q.scale;
+    most *= unit;
+#endif
+    if (__any_sync(FULL, !(most <= r.top + HEADROOM))) {
+#pragma unroll
+        for (int o = 4; o < 32; o *= 2) most = max_nan(most, __shfl_xor_sync(FULL, most, o));
+        most = max_nan(most, r.top);
+        float fade = exp2_fast(r.top - most);
+        r.top = most;
+        r.sum *= fade;
+        r.weight_sum *= fade;
+#pragma unroll
+        for (int u = 0; u < V_UNITS; ++u) {
+            r.o[u][0] *= fade;
+            r.o[u][1] *= fade;
+        }
+    }
+    most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        float e = exp2_fast(fmaf(x[i], unit, -r.top));
+        r.sum += e;
+        w[i] *= e;
+        r.weight_sum += w[i];
+        most = max_nan(most, w[i]);
+    }
+#pragma unroll
+    for (int o = 4; o < 32; o *= 2) most = max_nan(most, __shfl_xor_sync(FULL, most, o));
+    const float share = 65280.0f * rcp_fast(most);
+    const float back = most * (lv.unit / 65280.0f);
+
+    // Weights as 16-bit integers, in the low half of floats near 2^23; then from "lane 4 g + c has
+    // tokens 8 g .. of column c" to "lane 4 n + c has tokens 8 c .. of column and part n".
+    u32 pa[2][2], pb[2][2];
+    __syncwarp();
+#pragma unroll
+    for (int t = 0; t < V_TABLES; ++t) {
+        const float f = share * (t == 0 ? lv.coef_a : lv.coef_b);
+        u32 n[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) n[i] = __float_as_uint(fmaf(w[i], f, 8388608.0f));
+        u32 e0 = __byte_perm(n[0], n[1], 0x5410), e1 = __byte_perm(n[2], n[3], 0x5410);
+        u32 e2 = __byte_perm(n[4], n[5], 0x5410), e3 = __byte_perm(n[6], n[7], 0x5410);
+        u8* pass = scratch + t * PASS_BYTES + lane * 8;
+        *(uint2*)pass = make_uint2(__byte_perm(e0, e1, 0x6420), __byte_perm(e2, e3, 0x6420));
+        *(uint2*)(pass + 272) = make_uint2(__byte_perm(e0, e1, 0x7531), __byte_perm(e2, e3, 0x7531));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int t = 0; t < V_TABLES; ++t) {
+        const u8* pass = scratch + t * PASS_BYTES + ((g & 1) ? 0 : 272) + (c * 4 + (g >> 1)) * 8;
+        uint2 lo = *(const uint2*)pass, hi = *(const uint2*)(pass + 128);
+        u32(&to)[2][2] = t == 0 ? pa : pb;
+        to[0][0] = lo.x; to[0][1] = lo.y;
+        to[1][0] = hi.x; to[1][1] = hi.y;
+    }
+#pragma unroll
+    for (int u = 0; u < V_UNITS; ++u) {
+        u32 w0[BV], a[8], b[8];
+        load_unit<BV>(data + V_CODES_AT + u * (BV * 128), lane, w0);
+        unpack_unit<BV>(w0, lv, p.factors, m.lut_v(), lane, a, b);
+        int s4[4] = {0, 0, 0, 0};
+        mma_s8u8(s4, a[0], a[1], a[2], a[3], pa[0][0], pa[0][1]);
+        mma_s8u8(s4, a[4], a[5], a[6], a[7], pa[1][0], pa[1][1]);
+        if (V_TABLES == 2) {
+            mma_s8u8(s4, b[0], b[1], b[2], b[3], pb[0][0], pb[0][1]);
+            mma_s8u8(s4, b[4], b[5], b[6], b[7], pb[1][0], pb[1][1]);
+        }
+        r.o[u][0] = fmaf((float)(s4[0] * p.factors.left8 + s4[1]), back, r.o[u][0]);
+        r.o[u][1] = fmaf((float)(s4[2] * p.factors.left8 + s4[3]), back, r.o[u][1]);
+    }
+}

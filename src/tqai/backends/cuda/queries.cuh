@@ -1,0 +1,93 @@
+// The queries of a segment: read, rotated into the space of the keys' codes, cut into two int8 parts.
+//
+//     qbytes   [table][2 * column + part][dimension], part 0 high, part 1 low
+
+struct RawQuery {
+    float x[(DK + 31) / 32];  // elements lane, lane + 32, ...
+
+    __device__ __forceinline__ void load(const Params& p, const Place& at, int j, int lane) {
+        int head, token;
+        at.column(p, j, head, token);
+        const bool real = j < at.columns(p);
+        const i64 from = at.b * p.query_strides[0] + head * p.query_strides[1] + token * p.query_strides[2];
+#pragma unroll
+        for (int i = 0; i < (DK + 31) / 32; ++i) {
+            const int d = lane + 32 * i;
+            x[i] = real && (DK % 32 == 0 || d < DK) ? load_one(p.query, from + d) : 0.0f;
+        }
+    }
+};
+
+// One warp takes one column. Arrives at `ready[0]` when the query as given lies in `queries`, and at
+// `ready[1]` when its parts lie in `qbytes`.
+__device__ __forceinline__ void take_query(const Params& p, const Shared& m, RawQuery& raw, int j, u8* scratch, int lane) {
+    constexpr int N = (DK + 31) / 32;
+    float(&x)[N] = raw.x;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        if (DK % 32 == 0 || lane + 32 * i < DK) m.queries[j * DK + lane + 32 * i] = x[i];
+    __syncwarp();
+    if (lane == 0) arrive(m.ready);
+    rotate<DK, ROTK, false>(x, (float*)scratch, m.plan_k(p), lane);
+    float top = 0.0f, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        top = max_nan(top, fabsf(x[i]));
+        sum += x[i];
+    }
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+        top = max_nan(top, __shfl_xor_sync(FULL, top, o));
+        sum += __shfl_xor_sync(FULL, sum, o);
+    }
+    float scale = top > 0.0f ? 32512.0f / top : 1.0f;
+    if (!(scale < 1.0e30f)) scale = top > 0.0f ? 1.0e30f : scale;
+    const float turned = p.scaling < 0.0f ? -scale : scale;
+    constexpr int ROW = 32 * K_STEPS;
+#pragma unroll
+    for (int i = 0; i < ROW / 32; ++i) {
+        const float y = i < N ? x[i < N ? i : 0] * turned : 0.0f;
+#pragma unroll
+        for (int t = 0; t < K_TABLES; ++t) {
+            int n = __float2int_rn(y * (t == 0 ? p.levels_k.coef_a : p.levels_k.coef_b));
+            int high = (n + 128) >> 8;
+            m.qbytes[(t * 8 + 2 * j) * QBYTES_ROW + lane + 32 * i] = (u8)high;
+            m.qbytes[(t * 8 + 2 * j + 1) * QBYTES_ROW + lane + 32 * i] = (u8)(n - high * 256);
+        }
+    }
+    if (lane == 0) {
+        // NaN or inf among the queries shows in the scale, whatever the integers are.
+        float bad = top * 0.0f;
+        m.colf[j] = fmaxf(fabsf(p.scaling), 1.0e-30f) * p.levels_k.unit / scale + bad;
+        m.coli[j] = -__float2int_rn(p.levels_k.kappa / p.levels_k.unit * turned * sum);
+    }
+    __syncwarp();
+    if (lane == 0) arrive(m.ready + 1);
+}
+
+// B fragments of the queries, as one lane holds them.
+struct Query {
+    u32 a[K_STEPS][2], b[K_STEPS][2];
+    float scale;  // of a logit: to base 2, or, with a soft cap, to the argument of its exponential
+    int less;
+
+    __device__ __forceinline__ void load(const Params& p, const Shared& m, int g, int c) {
+#pragma unroll
+        for (int v = 0; v < K_STEPS; ++v) {
+            const u32* from = (const u32*)(m.qbytes + g * QBYTES_ROW + 32 * v + 4 * c);
+            a[v][0] = from[0];
+            a[v][1] = from[4];
+            if (K_TABLES == 2) {
+                const u32* second = (const u32*)(m.qbytes + (8 + g) * QBYTES_ROW + 32 * v + 4 * c);
+                b[v][0] = second[0];
+                b[v][1] = second[4];
+            }
+        }
+#if SOFTCAP
+        scale = m.colf[c] * (2.0f * LOG2E) / p.softcap;
+#else
+        scale = m.colf[c] * LOG2E;
+#endif
+        less = m.coli[c];
+    }
+};
