@@ -249,4 +249,11 @@ def test_engine_settings_out_of_range(field, value):
 def test_caches_that_the_engine_does_not_keep_are_refused():
     with pytest.raises(ConfigError, match="incremental"):
         EngineSettings(cache=CacheConfig(cache_strategy="incremental"))
+    for field, value in (("offsets", "on"), ("compress_ffn", True), ("bits_budget", 3.5)):
+        with pytest.raises(ConfigError, match=field):
+            EngineSettings(cache=CacheConfig(**{field: value}))
     assert not EngineSettings(cache=CacheConfig(residual_window=1)).shares_prefixes
+    mixed = EngineSettings(cache=CacheConfig(layer_bits=((4, 4), (2, 3))))
+    assert mixed.cache_of(1).label == "K2/V3"
+    with pytest.raises(ConfigError, match="2 layers"):
+        mixed.cache_of(2)

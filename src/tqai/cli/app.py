@@ -16,6 +16,7 @@ import typer
 import tqai
 from tqai.cli.bench_kv import bench_kv
 from tqai.cli.benchmark import benchmark
+from tqai.cli.chat import chat
 from tqai.cli.compare import compare
 from tqai.cli.convert import convert
 from tqai.cli.demo import demo
@@ -35,7 +36,7 @@ app = typer.Typer(
     epilog="TQAI_DEBUG=1 shows the traceback of an error.",
     pretty_exceptions_enable=False,
 )
-for _command in (demo, info, run, compare, benchmark, bench_kv, convert, serve):
+for _command in (demo, info, run, compare, benchmark, bench_kv, convert, serve, chat):
     app.command()(_command)
 
 

@@ -86,6 +86,7 @@ def router_for(context: Context, metrics: Metrics) -> APIRouter:
             "max_running": engine.settings.max_running,
             "max_model_len": engine.max_model_len,
             "page_tokens": 64,
+            "bf16_bytes_per_token": engine.bf16_bytes_per_token,
             "draining": engine.is_draining,
             **{name: getattr(figures, name) for name in figures.__dataclass_fields__},
         }

@@ -87,7 +87,7 @@ class Engine:
         self.grammars = Grammars(tokenizer, self.shape.vocab_size)
         self.end_tokens = _end_tokens(model, tokenizer)
         self.on_finished: Callable[[Sequence], None] = lambda sequence: None
-        self._bf16_bytes_per_token = sum(
+        self.bf16_bytes_per_token = sum(
             2 * layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in self.shape.layers
         )
         self._incoming: deque[Sequence] = deque()
@@ -213,7 +213,7 @@ class Engine:
             page_bytes=store.pool.page_bytes,
             exact_bytes=store.exact_bytes,
             held_bytes=held,
-            bf16_bytes=tokens * self._bf16_bytes_per_token,
+            bf16_bytes=tokens * self.bf16_bytes_per_token,
             tokens=tokens,
             counters=asdict(scheduler.counters),
         )

@@ -11,6 +11,10 @@ from tqai.errors import ConfigError
 __all__ = ["EngineSettings"]
 
 
+NOT_SERVED = ("offsets", "bits_budget", "compress_hidden", "compress_ffn", "compress_attn_logits")
+"""Fields of `CacheConfig` that make a page depend on more than its own 64 tokens, or change the model."""
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """How requests are batched and what they may take.
@@ -60,6 +64,14 @@ class EngineSettings:
                 f"cache_strategy={self.cache.cache_strategy!r}: the server attends on the codes; "
                 "allowed are auto and residual"
             )
+        if self.cache is not None:
+            plain = CacheConfig()
+            for name in NOT_SERVED:
+                if getattr(self.cache, name, None) != getattr(plain, name, None):
+                    raise ConfigError(
+                        f"{name}={getattr(self.cache, name)!r}: not served by continuous batching; "
+                        f"allowed is {getattr(plain, name)!r}"
+                    )
 
     @property
     def sink_tokens(self) -> int:
@@ -76,6 +88,16 @@ class EngineSettings:
         """Whether prefixes are shared. With a window the state after a chunk is more than its pages, so
         they are not."""
         return self.prefix_caching and self.window_tokens == 0
+
+    def cache_of(self, layer: int) -> CacheConfig | None:
+        """The cache configuration of one layer; None where pages are uncompressed."""
+        cache = self.cache
+        if cache is None or cache.layer_bits is None:
+            return cache
+        if layer >= len(cache.layer_bits):
+            raise ConfigError(f"layer_bits has {len(cache.layer_bits)} layers, the model more")
+        bits_k, bits_v = cache.layer_bits[layer]
+        return cache.with_changes(bits_k=bits_k, bits_v=bits_v, layer_bits=None)
 
     @property
     def label(self) -> str:

@@ -26,7 +26,7 @@ from tqai.backends.base import Attended, ExactTokens
 from tqai.backends.torch_ops.attention import attend as attend_exact
 from tqai.core.page import PAGE_TOKENS
 from tqai.server.engine.model import ModelShape
-from tqai.server.engine.page_codes import PageTable, page_codes_for
+from tqai.server.engine.page_codes import PageCodes, PageTable, page_codes_for
 from tqai.server.engine.pages import PagePool
 from tqai.server.engine.settings import EngineSettings
 
@@ -35,10 +35,15 @@ __all__ = ["DecodeRow", "DecodeStep", "PrefillStep", "TokenStore", "page_bytes_o
 
 def page_bytes_of(settings: EngineSettings, shape: ModelShape) -> int:
     """Bytes of 64 tokens in all layers."""
-    return sum(
-        layer.kv_heads * page_codes_for(settings.cache, layer, shape.dtype, shape.device).page_bytes
-        for layer in shape.layers
-    )
+    codes = _codes_of(settings, shape)
+    return sum(layer.kv_heads * code.page_bytes for layer, code in zip(shape.layers, codes, strict=True))
+
+
+def _codes_of(settings: EngineSettings, shape: ModelShape) -> list[PageCodes]:
+    return [
+        page_codes_for(settings.cache_of(index), layer, shape.dtype, shape.device)
+        for index, layer in enumerate(shape.layers)
+    ]
 
 
 class TokenStore:
@@ -48,9 +53,7 @@ class TokenStore:
         self.settings, self.shape, self.device = settings, shape, shape.device
         self.sinks, self.window = settings.sink_tokens, settings.window_tokens
         self.ring = -(-(self.window + PAGE_TOKENS) // PAGE_TOKENS) * PAGE_TOKENS
-        self.codes = [
-            page_codes_for(settings.cache, layer, shape.dtype, shape.device) for layer in shape.layers
-        ]
+        self.codes = _codes_of(settings, shape)
         self.pool = PagePool(self.codes, shape.layers, pages, shape.device)
         self.exact: list[ExactTokens] = []
         rows, room = settings.max_running + 1, self.sinks + self.ring
