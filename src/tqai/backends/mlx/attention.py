@@ -63,14 +63,14 @@ def attend(
     mask: Array | None,
     scaling: float,
     softcap: float | None = None,
-    history: Callable[[Array, Partial], Partial] | None = None,
+    history: Callable[[Array, Partial], Partial | None] | None = None,
 ) -> Attended:
     """Attention as `Backend.attend` defines it, over sinks, the pages of `slabs` and recent tokens.
 
     `mask` is None (causal), bool (True where seen) or a floating array that is added to the logits,
     `[batch or 1, query_heads or 1, new_tokens, all tokens]`. `history`, if given, replaces the reading of
     the slabs: it takes the scaled query `[batch, kv_heads, groups, new_tokens, head_dim]` and the partial
-    so far, and returns it with all compressed tokens added.
+    so far, and returns it with all compressed tokens added, or None to leave them to the slabs' reader.
 
     Accuracy: relative L2 error against float64 attention to the exactly decoded tokens at most 5e-6
     for float32 queries (tests/backends/mlx/test_attend.py).
@@ -90,12 +90,13 @@ def attend(
         position = sinks.keys.shape[2]
         state = _add_exact(state, scaled, sinks, None if mask is None else mask[..., :position], softcap)
     if slabs:
-        if history is not None:
-            state = history(scaled, state)
-            position += sum(slab.shape[2] for slab in slabs) * PAGE_TOKENS
-        else:
-            assert page_format is not None
+        assert page_format is not None
+        read = None if history is None else history(scaled, state)
+        if read is None:
             state, position = history_partial(state, scaled, slabs, page_format, mask, position, softcap)
+        else:
+            state = read
+            position += sum(slab.shape[2] for slab in slabs) * PAGE_TOKENS
     tile = _tile_tokens(batch * query_heads * new_tokens)
     for start in range(0, own, tile):
         stop = min(start + tile, own)

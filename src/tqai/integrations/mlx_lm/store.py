@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from tqai.backends.base import ExactTokens
+from tqai.backends.mlx.metal.launch import encode_pages
 from tqai.backends.mlx.pages import decode_pages
 from tqai.cache.page_format import page_format_for
 from tqai.config import CacheConfig
@@ -31,19 +32,12 @@ from tqai.core.page import PAGE_TOKENS, PageFormat
 from tqai.errors import InputError, NonFiniteError
 from tqai.integrations.mlx_lm.columns import Columns
 
-__all__ = ["SLAB_PAGES", "Step", "TokenStore", "encoder"]
+__all__ = ["SLAB_PAGES", "Step", "TokenStore", "joined"]
 
 Array = Any
 
 SLAB_PAGES = 64
 """Pages per slab. A new page copies the last slab and no other."""
-
-
-def encoder() -> Any:
-    """What compresses pages: the Metal kernel where it serves, else MLX operations."""
-    from tqai.backends.mlx.metal.launch import encode_pages
-
-    return encode_pages
 
 
 @dataclass(frozen=True)
@@ -348,8 +342,9 @@ class TokenStore:
 
     def _encoded(self, tokens: ExactTokens, pages: int) -> Array:
         """Page records `[rows, kv_heads, pages, page_bytes]` of 64 times `pages` tokens."""
-        by_page = (x.reshape(*x.shape[:2], pages, PAGE_TOKENS, x.shape[-1]) for x in tokens)
-        return encoder()(*by_page, self.page_format)
+        assert self.page_format is not None
+        keys, values = (x.reshape(*x.shape[:2], pages, PAGE_TOKENS, x.shape[-1]) for x in tokens)
+        return encode_pages(keys, values, self.page_format)
 
     def _add_sinks(self, sinks: list[ExactTokens]) -> None:
         if not max(self.sink_counts):
