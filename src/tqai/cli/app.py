@@ -21,6 +21,7 @@ from tqai.cli.compare import compare
 from tqai.cli.convert import convert
 from tqai.cli.demo import demo
 from tqai.cli.info import info
+from tqai.cli.plan import plan
 from tqai.cli.report import CommandError
 from tqai.cli.run import run
 from tqai.cli.serve import serve
@@ -36,7 +37,7 @@ app = typer.Typer(
     epilog="TQAI_DEBUG=1 shows the traceback of an error.",
     pretty_exceptions_enable=False,
 )
-for _command in (demo, info, run, compare, benchmark, bench_kv, convert, serve, chat):
+for _command in (demo, info, run, compare, benchmark, bench_kv, convert, serve, chat, plan):
     app.command()(_command)
 
 
