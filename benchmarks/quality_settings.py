@@ -72,7 +72,7 @@ class Study:
     prefill_tokens: int = 512
     chunk_tokens: int = 32
     bits_tokens: int = 8192
-    questions: int = 8
+    questions: int = 4
     retrieval_tokens: int = 2048
     resamples: int = 1000
 
