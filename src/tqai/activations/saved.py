@@ -28,7 +28,7 @@ from tqai.errors import ConfigError
 __all__ = ["CompressedActivations", "compress_activations"]
 
 SMALLEST_VALUES = 1024
-LARGEST_VALUE = 1e30
+LARGEST_VALUE = 1e15
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 VIEWS_TO_A_LEAF = 4
 VIEWS = ("TBackward", "TransposeBackward", "PermuteBackward", "ViewBackward", "UnsafeViewBackward")

@@ -8,7 +8,8 @@ be done once and for all in the weights beside them, per head:
 
 The model computes the same function within rounding, and its values need no rotation any more. Attention
 only ever takes weighted sums of values, so R passes through it; where a model does more with them (gates,
-norms with weights), the function would change, and that is found by running the model before and after.
+norms with weights), the function would change, and where it caches something else than what it attends to
+(latent attention), the cache would not come rotated. Both are found by running the model before and after.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from tqai.activations.blocks import attention_modules
 from tqai.core.rotation import rotation_matrix
@@ -72,11 +74,13 @@ def fold_value_rotation(model: Any, kind: str, seed: int) -> None:
         if part is not None
     }
     before = {key: part.detach().clone() for key, part in weights.items()}
-    expected = _attention_outputs(model, modules)
+    outputs, values = _probe(model, modules)
     for path in paths:
         _rotate(path, kind, seed)
     try:
-        _compare(expected, _attention_outputs(model, modules), model.dtype)
+        rotated_outputs, rotated_values = _probe(model, modules)
+        _compare_outputs(outputs, rotated_outputs, model.dtype)
+        _compare_values(values, rotated_values, kind, seed, model.dtype)
     except UnsupportedError:
         for key, part in weights.items():
             part.copy_(before[key])
@@ -96,10 +100,7 @@ def value_path(module: Any) -> ValuePath:
             f"{name} has no plain output projection; looked for linear layers {', '.join(OUTPUT_NAMES)}"
         )
     assert isinstance(output, nn.Linear)
-    if _is_plain(getattr(module, "kv_b_proj", None)):  # latent attention: per head, part of a key and a value
-        source, dim = module.kv_b_proj, int(module.v_head_dim)
-        rows = torch.arange(source.out_features).reshape(-1, int(module.qk_nope_head_dim) + dim)[:, -dim:]
-    elif _is_plain(getattr(module, "qkv_proj", None)):  # queries, keys and values, one after another
+    if _is_plain(getattr(module, "qkv_proj", None)):  # queries, keys and values, one after another
         source, dim = module.qkv_proj, int(module.head_dim)
         count = (source.out_features - output.in_features) // 2
         rows = torch.arange(source.out_features)[-count:].reshape(-1, dim)
@@ -111,8 +112,8 @@ def value_path(module: Any) -> ValuePath:
         rows = torch.empty(0, dim, dtype=torch.long)
     else:
         raise UnsupportedError(
-            f"{name} has no plain value projection: allowed are linear layers called v_proj, qkv_proj or "
-            "kv_b_proj (a quantized model must be converted before it is quantized)"
+            f"{name} has no plain value projection: allowed are linear layers called v_proj or qkv_proj "
+            "(a quantized model must be converted before it is quantized)"
         )
     return ValuePath(source, rows, output, torch.arange(output.in_features).reshape(-1, dim))
 
@@ -148,8 +149,8 @@ def _rotate(path: ValuePath, kind: str, seed: int) -> None:
     weight.copy_((heads @ matrix.T).flatten(1).to(weight.dtype))
 
 
-def _attention_outputs(model: Any, modules: list[nn.Module]) -> list[Tensor]:
-    """What every attention module gives for the same random tokens, and the logits."""
+def _probe(model: Any, modules: list[nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
+    """For some random tokens: what every attention module gives, the logits last; and all cached values."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -160,22 +161,41 @@ def _attention_outputs(model: Any, modules: list[nn.Module]) -> list[Tensor]:
     handles = [module.register_forward_hook(keep) for module in modules]
     training = model.training
     model.eval()
+    cache = DynamicCache(config=model.config)
     try:
-        logits = model(ids.to(model.device), use_cache=False).logits.float()
+        logits = model(ids.to(model.device), past_key_values=cache, use_cache=True).logits.float()
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
-    return [*outputs, logits]
+    values = [getattr(layer, "values", None) for layer in cache.layers]
+    return [*outputs, logits], [part.float() for part in values if isinstance(part, Tensor) and part.numel()]
 
 
-def _compare(expected: list[Tensor], found: list[Tensor], dtype: torch.dtype) -> None:
+def _compare_outputs(expected: list[Tensor], found: list[Tensor], dtype: torch.dtype) -> None:
     allowed = TOLERANCE.get(dtype, HALF_TOLERANCE)
     for index, (before, after) in enumerate(zip(expected, found, strict=True)):
-        change = float((after - before).norm() / before.norm().clamp_min(1e-30))
+        change = _distance(after, before)
         if not change <= allowed:
             where = f"the attention of layer {index}" if index < len(expected) - 1 else "the logits"
             raise UnsupportedError(
                 f"rotating the values in the weights changes {where} by {change:.1e} (allowed is "
                 f"{allowed:.0e}): this model does more with its values than attend, so it is not converted"
             )
+
+
+def _compare_values(
+    before: list[Tensor], after: list[Tensor], kind: str, seed: int, dtype: torch.dtype
+) -> None:
+    for index, (plain, rotated) in enumerate(zip(before, after, strict=True)):
+        matrix = torch.from_numpy(rotation_matrix(kind, plain.shape[-1], seed).copy()).to(plain)
+        change = _distance(rotated, plain @ matrix.T)
+        if not change <= TOLERANCE.get(dtype, HALF_TOLERANCE):
+            raise UnsupportedError(
+                f"layer {index} caches something else than the values that it attends to (as latent "
+                "attention does), so its cache would not come rotated: this model is not converted"
+            )
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
