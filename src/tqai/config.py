@@ -86,6 +86,10 @@ class CacheConfig:
             1/32 off their energy; "off". Frozen from the tokens compressed first (`cache.offsets`).
         scale_format: "bfloat16", 16 bits per vector, or "log8", 8 bits and 16 bytes per page of both sides
             (`core.log_scale`): 0.055 bits per value less at head_dim 128, for 0.00016 of the energy.
+        layer_bits: (bits_k, bits_v) of every layer of the cache, instead of one pair for all.
+        bits_budget: bits per value, all-in at `budget_tokens` tokens, within which each layer gets 2, 3 or
+            4 bits for keys and for values by what its first prefill shows (`cache.first_prefill`).
+        budget_tokens: the context at which the budget counts window, sinks and tables, 64 to 2**30.
 
     Raises:
         ConfigError: a field is out of range; the message names field, value and what is allowed.
@@ -114,6 +118,9 @@ class CacheConfig:
     bits_attn: int = 8
     offsets: str = "off"
     scale_format: str = "bfloat16"
+    layer_bits: tuple[tuple[int, int], ...] | None = None
+    bits_budget: float | None = None
+    budget_tokens: int = 8192
 
     def __post_init__(self) -> None:
         _check_int("bits_k", self.bits_k, 1, MAX_BITS)
@@ -127,6 +134,15 @@ class CacheConfig:
         _check_choice("scale", self.scale, SCALES)
         _check_choice("offsets", self.offsets, OFFSETS)
         _check_choice("scale_format", self.scale_format, SCALE_FORMATS)
+        _check_int("budget_tokens", self.budget_tokens, 64, 1 << 30)
+        if self.bits_budget is not None:
+            _check_budget(self.bits_budget)
+            if self.layer_bits is not None:
+                raise ConfigError(
+                    f"bits_budget={self.bits_budget!r} beside layer_bits: allowed is one of the two"
+                )
+        if self.layer_bits is not None:
+            object.__setattr__(self, "layer_bits", _checked_layer_bits(self.layer_bits))
         for name in ("codec", "backend", "device"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name != "codec"):
@@ -156,6 +172,19 @@ class CacheConfig:
         """Name of the codec of the keys: "qjl" with `use_qjl`, else `codec`."""
         return "qjl" if self.use_qjl else self.codec
 
+    def for_layer(self, index: int) -> CacheConfig:
+        """The configuration of one layer: `layer_bits` resolved, the rest unchanged.
+
+        Raises:
+            ConfigError: `layer_bits` has no such layer.
+        """
+        if self.layer_bits is None:
+            return self
+        if not 0 <= index < len(self.layer_bits):
+            raise ConfigError(f"layer_bits is of {len(self.layer_bits)} layers: there is no layer {index}")
+        bits_k, bits_v = self.layer_bits[index]
+        return replace(self, layer_bits=None, bits_k=bits_k, bits_v=bits_v)
+
     @property
     def studies_activations(self) -> bool:
         """Whether activations are rounded as well."""
@@ -164,7 +193,7 @@ class CacheConfig:
     @property
     def label(self) -> str:
         """Short name for tables, such as 'K4/V2' or 'K4/V2 qjl64 hidden8'."""
-        parts = [f"K{self.bits_k}/V{self.bits_v}"]
+        parts = [_bits_label(self)]
         parts += [f"qjl{self.qjl_sketch_size}"] if self.use_qjl else []
         parts += [f"hidden{self.bits_hidden}"] if self.compress_hidden else []
         parts += [f"ffn{self.bits_ffn}"] if self.compress_ffn else []
@@ -222,6 +251,34 @@ def _preset_key(name: str) -> str:
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ConfigError(f"{name}={value!r}: allowed are whole numbers from {low} to {high}")
+
+
+def _check_budget(budget: object) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 16:
+        raise ConfigError(f"bits_budget={budget!r}: allowed are numbers above 0, up to 16")
+
+
+def _checked_layer_bits(layer_bits: object) -> tuple[tuple[int, int], ...]:
+    wrong = f"layer_bits={layer_bits!r}: wanted is a pair (bits_k, bits_v) per layer"
+    if not isinstance(layer_bits, (list, tuple)) or not layer_bits:
+        raise ConfigError(wrong)
+    pairs = []
+    for index, pair in enumerate(layer_bits):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ConfigError(wrong)
+        for name, bits in zip("kv", pair, strict=True):
+            _check_int(f"layer_bits[{index}] bits_{name}", bits, 1, MAX_BITS)
+        pairs.append((pair[0], pair[1]))
+    return tuple(pairs)
+
+
+def _bits_label(config: CacheConfig) -> str:
+    if config.bits_budget is not None:
+        return f"auto {config.bits_budget:g}"
+    if config.layer_bits is None:
+        return f"K{config.bits_k}/V{config.bits_v}"
+    means = (sum(side) / len(side) for side in zip(*config.layer_bits, strict=True))
+    return "K{:.2f}/V{:.2f} by layer".format(*means)
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -13,7 +13,6 @@ From then on everything the layer holds is without them, exact tokens too; steps
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -23,6 +22,8 @@ from torch import Tensor
 from tqai.backends import Choice, load, resolve
 from tqai.backends.base import Attended, Backend, ExactTokens
 from tqai.backends.torch_ops.attention import attend as attend_exact
+from tqai.cache.checks import check_tokens
+from tqai.cache.first_prefill import BitPlan
 from tqai.cache.memory import MemoryReport
 from tqai.cache.offsets import Offsets, estimate
 from tqai.cache.page_format import page_format_for
@@ -31,7 +32,7 @@ from tqai.cache.step import Step
 from tqai.cache.window import Window, joined
 from tqai.config import CacheConfig
 from tqai.core.page import PAGE_TOKENS
-from tqai.errors import BackendError, ConfigError, InputError, NonFiniteError
+from tqai.errors import BackendError, ConfigError, InputError
 
 __all__ = ["CompressedLayer", "page_format_for"]
 
@@ -50,11 +51,12 @@ class CompressedLayer:
     """
 
     def __init__(self, config: CacheConfig, layer: int = 0, sliding_window: int | None = None) -> None:
-        self.config = config
+        self.config = config.for_layer(layer)
         self.layer = layer
         self.sliding_window = sliding_window
         self.record_past = False
         self.soft_capped = False
+        self._plan: BitPlan | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -66,6 +68,40 @@ class CompressedLayer:
         self.offsets: Offsets | None = None
         self._choice: Choice | None = None
         self._decoded: ExactTokens | None = None
+        if self._plan is not None:
+            self._plan.forget()
+
+    def follow(self, plan: BitPlan) -> None:
+        """Take the bits from `plan`; until it has decided, tokens stay exact."""
+        self._plan = plan
+        self.config = replace(self.config, bits_budget=None)
+
+    @property
+    def plan(self) -> BitPlan | None:
+        """The plan that decides this layer's bits, or None."""
+        return self._plan
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is a page's worth of tokens that waits for the plan."""
+        if self._plan is None or not self._plan.pending or self.window is None:
+            return False
+        return len(self.window) >= PAGE_TOKENS + self.config.window_tokens + self.sink_tokens
+
+    @property
+    def window_tokens(self) -> ExactTokens:
+        """The tokens in the window."""
+        assert self.window is not None
+        return self.window.tokens
+
+    def adopt_bits(self, bits_k: int, bits_v: int) -> None:
+        """Compress with these bits from now on; only while there are no pages."""
+        self.config = replace(self.config, bits_k=bits_k, bits_v=bits_v)
+        if self.window is None or self.pool is None:
+            return
+        held = self.window
+        self.prepare(*held.tokens)
+        self._settle(held.tokens, in_window=False)
 
     @property
     def sink_tokens(self) -> int:
@@ -103,7 +139,10 @@ class CompressedLayer:
             InputError: shapes or dtypes differ from each other or from the tokens held.
             NonFiniteError: NaN or inf, where `check_finite` says to look. Nothing is changed then.
         """
-        self._check(keys, values)
+        held = None if self.window is None else ExactTokens(self.window.keys, self.window.values)
+        check_tokens(keys, values, held, self.config.check_finite, self.layer, self.length)
+        if self._plan is not None and self.waits:
+            self._plan.overdue()
         if self.window is None or self.pool is None:
             self.prepare(keys, values)
         assert self.window is not None and self.pool is not None
@@ -261,6 +300,7 @@ class CompressedLayer:
             slack_bytes=slabs_bytes - codes_bytes - scales_bytes,
             offsets_bytes=0 if self.offsets is None else self.offsets.nbytes,
             copy_bytes=sum(part.nbytes for part in self._decoded or ()),
+            layer_bits=() if self.waits else ((self.config.bits_k, self.config.bits_v),),
             backend=self.backend.name,
             backend_reason=self._choice.reason,
         )
@@ -273,6 +313,9 @@ class CompressedLayer:
         """Move tokens from `recent` (window and new ones) to sinks and pages; keep the rest exact."""
         assert self.window is not None and self.pool is not None
         count, spent = recent.keys.shape[2], 0
+        if self._plan is not None and self._plan.pending:
+            self._wait(recent, in_window)
+            return
         have = 0 if self.sinks is None else self.sinks.keys.shape[2]
         if have < self.sink_tokens and not self.pool.pages:
             spent = min(self.sink_tokens - have, count)
@@ -296,6 +339,15 @@ class CompressedLayer:
         else:
             self.window.replace(recent.keys[:, :, spent:], recent.values[:, :, spent:])
         self._drop_out_of_sight(force=False)
+
+    def _wait(self, recent: ExactTokens, in_window: bool) -> None:
+        """Keep `recent` exact while the bits are open."""
+        assert self.window is not None and self._plan is not None
+        if not in_window:
+            self.window = Window(*recent, capacity=recent.keys.shape[2] + PAGE_TOKENS)
+            self.window.replace(*recent)
+        if self.waits:
+            self._plan.filled(self)
 
     def _freeze_offsets(self, recent: ExactTokens, start: int, stop: int) -> ExactTokens:
         """Take offsets, estimated from tokens start..stop-1 of `recent`, off everything held; returns
@@ -344,35 +396,3 @@ class CompressedLayer:
         logger.warning("backend %s failed (%s); layer %d goes on with torch", failed.name, error, self.layer)
         self.pool.convert(failed, torch_backend)
         self._choice = Choice(torch_backend, f"{failed.name} failed: {error}")
-
-    def _check(self, keys: Tensor, values: Tensor) -> None:
-        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
-            raise InputError(
-                f"keys {list(keys.shape)} and values {list(values.shape)}: expected "
-                "[batch, kv_heads, tokens, head_dim], alike but for head_dim"
-            )
-        if not keys.is_floating_point() or keys.dtype != values.dtype:
-            raise InputError(f"keys {keys.dtype} and values {values.dtype}: expected one floating dtype")
-        if self.window is not None:
-            held_parts = (self.window.keys, self.window.values)
-            for name, new, held in zip(("keys", "values"), (keys, values), held_parts, strict=True):
-                same_shape = new.shape[:2] == held.shape[:2] and new.shape[3] == held.shape[3]
-                if not same_shape or new.dtype != held.dtype:
-                    raise InputError(
-                        f"{name} {list(new.shape)} {new.dtype} do not continue layer {self.layer}, "
-                        f"which holds [{held.shape[0]}, {held.shape[1]}, tokens, {held.shape[3]}] "
-                        f"{held.dtype}"
-                    )
-        look = self.config.check_finite
-        if look or (look is None and keys.device.type == "cpu"):
-            for name, new in (("keys", keys), ("values", values)):
-                # one reduction instead of two passes; a sum that merely overflows is looked at closely
-                if math.isfinite(new.detach().sum()):
-                    continue
-                finite = torch.isfinite(new)
-                if not finite.all():
-                    bad = int((~finite).any(-1).any(1).any(0).nonzero()[0])
-                    raise NonFiniteError(
-                        f"{name} of layer {self.layer} hold NaN or inf at token {self.length + bad}; "
-                        "check_finite=False lets them pass and keeps them in their own token"
-                    )

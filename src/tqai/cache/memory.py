@@ -28,6 +28,7 @@ class MemoryReport:
         offsets_bytes: offsets of keys and values.
         copy_bytes: the decompressed copy of `cache_strategy="incremental"`; else 0.
         other_bytes: layers that are left as they were (recurrent states).
+        layer_bits: (bits_k, bits_v) of each compressed layer, in order, where decided.
         backend: name of the backend, "" before the first token.
         backend_reason: why it was chosen.
     """
@@ -42,6 +43,7 @@ class MemoryReport:
     offsets_bytes: int = 0
     copy_bytes: int = 0
     other_bytes: int = 0
+    layer_bits: tuple[tuple[int, int], ...] = ()
     backend: str = ""
     backend_reason: str = ""
 
@@ -88,6 +90,7 @@ class MemoryReport:
         return cls(
             tokens=max((part.tokens for part in parts), default=0),
             **{name: sum(getattr(part, name) for part in parts) for name in counted},
+            layer_bits=tuple(pair for part in parts for pair in part.layer_bits),
             backend=", ".join(sorted({part.backend for part in parts if part.backend})),
             backend_reason="; ".join(sorted({part.backend_reason for part in parts if part.backend_reason})),
         )

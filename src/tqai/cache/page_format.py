@@ -5,12 +5,23 @@ from __future__ import annotations
 from tqai.config import CacheConfig
 from tqai.core.codec import Codec, CodecSpec, make_codec
 from tqai.core.page import PageFormat
+from tqai.errors import ConfigError
 
 __all__ = ["page_format_for"]
 
 
 def page_format_for(config: CacheConfig, key_dim: int, value_dim: int) -> PageFormat:
-    """The page format of a configuration for these head dimensions (keys and values may differ)."""
+    """The page format of a configuration for these head dimensions (keys and values may differ).
+
+    Raises:
+        ConfigError: its bits differ from layer to layer, or are not decided yet.
+    """
+    if config.layer_bits is not None or config.bits_budget is not None:
+        name = "layer_bits" if config.layer_bits is not None else "bits_budget"
+        raise ConfigError(
+            f"{name}={getattr(config, name)!r} has no one page format: allowed are bits_k and bits_v, or "
+            "TurboQuantCache, which decides layer by layer"
+        )
 
     def codec(name: str, dim: int, bits: int, rotation: str) -> Codec:
         sketch = config.qjl_sketch_size if name == "qjl" else 0

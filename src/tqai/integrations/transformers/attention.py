@@ -50,6 +50,9 @@ def tqai_attention(
     never formed.
     """
     pair = _pair_of(key, value)
+    plan = None if pair is None else getattr(pair.store, "plan", None)
+    if pair is not None and plan is not None:
+        plan.show_query(pair.store, query, query.shape[-1] ** -0.5 if scaling is None else scaling)
     unusual = kwargs.get("position_bias") is not None or (
         attention_mask is not None and attention_mask.dtype != torch.bool
     )

@@ -8,9 +8,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
+from tqai.cache.calibration import Calibration
 from tqai.cache.memory import MemoryReport
 from tqai.config import CacheConfig
 from tqai.errors import ConfigError, UnsupportedError
+from tqai.integrations.transformers.bits import plan_bits, with_bits, with_calibration
 from tqai.integrations.transformers.layers import TurboQuantLayer, compressed_form, is_compressible
 from tqai.integrations.transformers.saving import fingerprint, load, save
 
@@ -36,16 +38,20 @@ class TurboQuantCache(DynamicCache):
     def __init__(
         self,
         model: Any = None,
-        bits: int | None = None,
+        bits: int | str | None = None,
         *,
         config: CacheConfig | str | None = None,
+        calibration: Calibration | str | PathLike[str] | None = None,
         offloading: bool = False,
         **settings: Any,
     ) -> None:
         """
         Args:
             model: a transformers model, its config, or None.
-            bits: bits for keys and values alike; `bits_k` and `bits_v` set them apart.
+            bits: bits for keys and values alike; `bits_k` and `bits_v` set them apart. "auto" gives
+                each layer 2, 3 or 4 bits for keys and for values within `bits_budget` bits per value.
+            calibration: file of `tqai calibrate` by which the budget is spent; without it the first
+                prefill decides.
             config: a `CacheConfig` or the name of a preset; further settings change its fields.
             offloading: not supported; only there to be refused with a reason.
             settings: fields of `CacheConfig`.
@@ -60,6 +66,9 @@ class TurboQuantCache(DynamicCache):
                 "fraction of the size; use fewer bits, or transformers' own offloaded DynamicCache"
             )
         self.settings = _settings(bits, config, settings)
+        if calibration is not None:
+            known = None if model is None else fingerprint(model)
+            self.settings = with_calibration(self.settings, calibration, known)
         model_config = model if model is None or isinstance(model, PreTrainedConfig) else _config_of(model)
         if model_config is not None and getattr(model_config, "is_encoder_decoder", False):
             raise UnsupportedError(
@@ -83,8 +92,20 @@ class TurboQuantCache(DynamicCache):
             compressed_form(layer, self.settings, index, self.on_codes)
             for index, layer in enumerate(self.layers)
         ]
+        self._plan = plan_bits(self.settings, self.layers)
         if model_config is not None and _soft_caps(model_config):
             self._without_key_offsets(model_config)
+
+    @property
+    def layer_bits(self) -> tuple[tuple[int, int] | None, ...]:
+        """(bits_k, bits_v) of every layer; None for layers that are not compressed, or not decided yet."""
+        undecided = self._plan is not None and self._plan.pending
+        return tuple(
+            (layer.store.config.bits_k, layer.store.config.bits_v)
+            if hasattr(layer, "store") and not undecided
+            else None
+            for layer in self.layers
+        )
 
     def memory(self) -> MemoryReport:
         """Bytes held and bits per value, all layers added up; see `MemoryReport`."""
@@ -97,6 +118,8 @@ class TurboQuantCache(DynamicCache):
 
     def save(self, path: str | PathLike[str], model: Any = None) -> None:
         """Write the cache to a safetensors file; see `tqai.cache.storage`."""
+        if self._plan is not None:
+            self._plan.overdue()
         save(self, path, model)
 
     @classmethod
@@ -118,11 +141,10 @@ class TurboQuantCache(DynamicCache):
         return TurboQuantLayer(self.settings, len(self.layers), self.on_codes)
 
 
-def _settings(bits: int | None, config: CacheConfig | str | None, changes: dict[str, Any]) -> CacheConfig:
-    if bits is not None:
-        if "bits_k" in changes or "bits_v" in changes or config is not None:
-            raise ConfigError(f"bits={bits!r} sets bits_k and bits_v: give either it or them (or config)")
-        changes = {**changes, "bits_k": bits, "bits_v": bits}
+def _settings(
+    bits: int | str | None, config: CacheConfig | str | None, changes: dict[str, Any]
+) -> CacheConfig:
+    changes = with_bits(bits, changes, config is not None)
     if config is None:
         return CacheConfig.from_dict(changes)
     if isinstance(config, str):

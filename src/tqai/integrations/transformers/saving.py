@@ -37,7 +37,7 @@ SETTINGS_OF_VERSION_1 = (
     *("seed", "backend", "device", "check_finite"),
 )
 """Always written; later settings only where they differ from what version 1 did."""
-AS_IN_VERSION_1: dict[str, Any] = {"offsets": "off", "scale_format": "bfloat16"}
+AS_IN_VERSION_1: dict[str, Any] = {"offsets": "off", "scale_format": "bfloat16", "layer_bits": None}
 SAMPLED_PARAMETERS = 3
 SAMPLED_VALUES = 64
 
@@ -75,10 +75,14 @@ def save(cache: Any, path: str | PathLike[str], model: Any) -> None:
         held, about = export_layer(layer.store)
         tensors.update({f"layers.{index}.{name}": tensor for name, tensor in held.items()})
         layers.append(about)
+    bits = cache.layer_bits
+    decided = cache.settings
+    if decided.bits_budget is not None and None not in bits:
+        decided = decided.with_changes(bits_budget=None, layer_bits=bits)
     plain = {**CacheConfig().to_dict(), **AS_IN_VERSION_1}
     settings = {
         name: value
-        for name, value in {**cache.settings.to_dict(), "backend": None, "device": None}.items()
+        for name, value in {**decided.to_dict(), "backend": None, "device": None}.items()
         if name in SETTINGS_OF_VERSION_1 or value != plain[name]
     }
     made_for = fingerprint(model) if model is not None else cache.made_for
