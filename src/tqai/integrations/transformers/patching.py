@@ -61,7 +61,8 @@ def patch(
         compress_hidden, compress_ffn, compress_attn_logits: round activations of every forward pass until
             `unpatch` (`integrations.transformers.activations`): a study, which saves no memory.
         config: a `CacheConfig` or the name of a preset, instead of the single settings.
-        settings: further fields of `CacheConfig`; the other arguments are fields too.
+        settings: further fields of `CacheConfig`, and what `TurboQuantCache` takes beside them
+            (`bits="auto"`, `calibration=`); the other arguments are fields too.
 
     Raises:
         ConfigError: a setting is out of range, or given beside `config`; `config_path` is no such folder,
@@ -87,6 +88,11 @@ def patch(
         **settings,
     }
     defaults = CacheConfig().to_dict()
+    if "bits" in settings:
+        # it sets both; arguments that were left alone do not contradict it
+        for name in ("bits_k", "bits_v"):
+            if given[name] == defaults[name]:
+                del given[name]
     changed = {name: value for name, value in given.items() if value != defaults.get(name, object())}
     if config is not None:
         beside = sorted(changed) + (["config_path"] if config_path is not None else [])
