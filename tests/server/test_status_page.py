@@ -43,7 +43,7 @@ def test_charts_are_drawn_in_chromium(served, tmp_path, monkeypatch):
 
     with Page(shutil.which("chromium"), served.url, str(tmp_path)) as page:
         deadline = time.monotonic() + 120
-        while page.evaluate("document.getElementById('plot-pool').getAttribute('points')") in (None, ""):
+        while page.evaluate("document.getElementById('plot-pool')?.getAttribute('points')") in (None, ""):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         served.post("/v1/completions", prompt="x", max_tokens=5, ignore_eos=True)
