@@ -15,10 +15,10 @@ from tqai.errors import BackendError
 
 
 def test_source_needs_no_include_path():
-    for name in ("attend_split.cu", "attend_line.cu", "codes.cu"):
+    for name in ("attend_split.cu", "attend_line.cu", "encode.cu", "decode.cu"):
         text = compiling.source(name)
         assert "#include" not in text
-        assert "prmt.b32" in text or name == "codes.cu"
+        assert "prmt.b32" in text or name in ("encode.cu", "decode.cu")
 
 
 def test_cache_directory_follows_the_environment(monkeypatch, tmp_path):
@@ -38,17 +38,17 @@ def test_cubins_are_kept_by_all_that_matters(monkeypatch, tmp_path):
         return f"{sorted(macros.items())} {arch}".encode()
 
     monkeypatch.setattr(compiling, "_compile", compile_once)
-    first = compiling.cubin("codes.cu", {"DK": 128}, "sm_90")
-    assert compiling.cubin("codes.cu", {"DK": 128}, "sm_90") == first
+    first = compiling.cubin("encode.cu", {"DK": 128}, "sm_90")
+    assert compiling.cubin("encode.cu", {"DK": 128}, "sm_90") == first
     assert len(compiled) == 1
-    compiling.cubin("codes.cu", {"DK": 64}, "sm_90")
-    compiling.cubin("codes.cu", {"DK": 128}, "sm_80")
+    compiling.cubin("encode.cu", {"DK": 64}, "sm_90")
+    compiling.cubin("encode.cu", {"DK": 128}, "sm_80")
     compiling.cubin("attend_split.cu", {"DK": 128}, "sm_90")
     assert len(compiled) == 4
     assert len(list((tmp_path / "kernels").glob("*.cubin"))) == 4
     assert not list((tmp_path / "kernels").glob("*.part"))
     monkeypatch.setattr(compiling, "_compiler_version", lambda: ("another",))
-    compiling.cubin("codes.cu", {"DK": 128}, "sm_90")
+    compiling.cubin("encode.cu", {"DK": 128}, "sm_90")
     assert len(compiled) == 5
 
 
@@ -57,7 +57,7 @@ def test_a_cache_that_cannot_be_written_only_warns(monkeypatch, tmp_path, caplog
     monkeypatch.setenv("TQAI_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compiling, "_compile", lambda *_: b"code")
     with caplog.at_level("WARNING", logger="tqai"):
-        assert compiling.cubin("codes.cu", {}, "sm_90") == b"code"
+        assert compiling.cubin("encode.cu", {}, "sm_90") == b"code"
     assert "cannot be kept" in caplog.text
 
 
@@ -65,7 +65,7 @@ def test_without_cuda_core_the_error_says_what_to_install(monkeypatch, tmp_path)
     monkeypatch.setenv("TQAI_CACHE_DIR", str(tmp_path))
     monkeypatch.setitem(__import__("sys").modules, "cuda", None)
     with pytest.raises(BackendError, match=r"tqai\[cuda\]"):
-        compiling.cubin("codes.cu", {}, "sm_90")
+        compiling.cubin("encode.cu", {}, "sm_90")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
@@ -78,8 +78,9 @@ def test_sources_compile(tmp_path, arch, dim, bits_k, bits_v, masked):
     )
     macros = codec_macros(page_format, "bfloat16")
     attention = {**macros, "WARPS": 4, "STAGES": 2, "SOFTCAP": masked, "MASKED": masked, "OUT": 1}
-    files = [("attend_split.cu", {**attention, "CLUSTER": cluster}) for cluster in (0, 1)]
-    for name, given in (*files, ("attend_line.cu", attention), ("codes.cu", macros)):
+    split = ("attend_split.cu", {**attention, "CLUSTER": 1 - masked})
+    other = [("attend_line.cu", attention)] if masked else [("encode.cu", macros), ("decode.cu", macros)]
+    for name, given in (split, *other):
         file = tmp_path / name
         file.write_text(compiling.source(name))
         command = [

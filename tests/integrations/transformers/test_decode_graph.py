@@ -14,6 +14,15 @@ from tqai.errors import UnsupportedError
 from tqai.integrations.transformers.decode_graph import DecodeGraph
 
 
+@pytest.fixture(autouse=True)
+def torch_backend(request):
+    """In place of the folder's fixture of that name, where the CUDA backend is wanted."""
+    if "gpu" not in request.keywords:
+        request.getfixturevalue("monkeypatch").setattr(
+            "tqai.backends.BACKENDS", {"torch": "tqai.backends.torch_ops:TorchBackend"}
+        )
+
+
 def tiny(**changes):
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -50,7 +59,7 @@ def test_layers_that_cannot_be_captured_are_named():
 def test_replayed_steps_are_the_eager_ones(settings, batch, prompt):
     model = tiny().to("cuda", torch.bfloat16)
     ids = torch.randint(300, (batch, prompt + 220), device="cuda")
-    cache = TurboQuantCache(model, bits_k=4, bits_v=4, **settings)
+    cache = TurboQuantCache(model, bits_k=4, bits_v=4, backend="cuda", **settings)
     with torch.no_grad():
         model(ids[:, :prompt], past_key_values=cache)
         eager = copy.deepcopy(cache)

@@ -4,7 +4,7 @@
 //
 // Within a block the warps take pages in turn, each with its own ring of buffers, filled by bulk copies. The
 // block merges its warps. Then either the blocks of a segment are a cluster and read each other's shared
-// memory (macro CLUSTER 1; also for blocks that have a segment each), or all send their part to the last one
+// memory (macro CLUSTER 1; also for blocks that have a segment each), or all send their part to the last ones
 // through global memory (0).
 //
 // A launch may begin while the one before it ends. `early` says that the addresses and pages were there
@@ -143,15 +143,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     cluster_arrive();
     cluster_wait();
 #else
-    float* base = p.partial + (i64)segment * splits * PART;
-    if (rank < splits - 1) {
-        merge_slots(m, AwaitedPart{base + rank * PART}, tid);
-        return;
-    }
-    merge_slots(m, MergedPart{m.merged}, tid);
+    const int columns = place.columns(p);
+    const AwaitedParts parts{p.partial + (i64)segment * splits * PART, m.merged, rank, splits, columns};
+    merge_slots(m, parts, tid);
     STAMP(7)
     __syncthreads();
-    finish_global(p, m, place, AwaitedParts{base, m.merged, rank}, splits, buffer, warp, lane);
+#pragma unroll 1
+    for (int j = splits - 1 - rank; j < columns; j += splits) {
+        finish_awaited(p, m, place, parts, splits, j, buffer, warp, lane);
+        __syncthreads();
+    }
 #endif
     STAMP(9)
 }

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tqai.backends.cuda.driver import Kernel, Launch, kernel, shared_memory_bytes
 from tqai.backends.cuda.levels import integer_levels
-from tqai.backends.cuda.params import CHANGING, FACTORS, Sizes, divisor
+from tqai.backends.cuda.params import CHANGING, Sizes, divisor
 from tqai.backends.cuda.plan import (
     COLUMNS,
     MAX_CLUSTER,
@@ -42,8 +42,7 @@ KEPT_CALLS = 4096
 """Prepared calls that are kept; a new number of pages every 64 tokens makes new ones."""
 
 
-@dataclass(frozen=True)
-class Exact:
+class Exact(NamedTuple):
     """Exact keys and values `[batch, kv_heads, tokens, head_dim]`, dense rows of 16-byte alignment.
 
     `counts`: int32 `[batch]` on the device, valid tokens of each sequence (the first ones), or None: all.
@@ -76,7 +75,7 @@ class _Prepared:
         self.format = page_format
         self.macros = codec_macros(page_format, DTYPE_NAMES[dtype])
         self.device = device
-        self.sizes = Sizes(factors=FACTORS)
+        self.sizes = Sizes(times256=256)
         self._kept: list[torch.Tensor] = []
         for side, codec in (("k", page_format.key), ("v", page_format.value)):
             levels = integer_levels(codec)
@@ -204,6 +203,21 @@ def prepared(page_format: PageFormat, dtype: torch.dtype, device: torch.device) 
     return _Prepared(page_format, dtype, device)
 
 
+_BY_IDENTITY: dict[tuple[int, torch.dtype, int | None], tuple[PageFormat, _Prepared]] = {}
+
+
+def _prepared_fast(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> _Prepared:
+    """As `prepared`, without hashing a page format at every step."""
+    key = (id(page_format), dtype, device.index)
+    found = _BY_IDENTITY.get(key)
+    if found is None:
+        if len(_BY_IDENTITY) >= KEPT_CALLS:
+            _BY_IDENTITY.clear()
+        # holds the format, so that its id stays its own
+        found = _BY_IDENTITY[key] = (page_format, prepared(page_format, dtype, device))
+    return found[1]
+
+
 def attend_pages(
     query: torch.Tensor,
     page_format: PageFormat,
@@ -249,7 +263,7 @@ def attend_pages(
         BackendError: the kernel does not compile or launch.
     """
     device = query.device
-    ready = prepared(page_format, query.dtype, device)
+    ready = _prepared_fast(page_format, query.dtype, device)
     batch, query_heads, new_tokens, _ = query.shape
     if batch > MAX_BATCH:
         raise InputError(f"{batch} sequences in one call: at most {MAX_BATCH}")

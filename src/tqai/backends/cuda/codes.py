@@ -66,8 +66,8 @@ def _prepared(page_format: PageFormat, device: torch.device) -> _Prepared:
 def prepare_codes(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> None:
     """Compile and load the kernels of one dtype, so that a failure shows early (BackendError)."""
     shared = _prepared(page_format, device).shared
-    kernel("codes.cu", "tqai_encode", codec_macros(page_format, DTYPE_NAMES[dtype]), device, shared)
-    kernel("codes.cu", "tqai_decode", codec_macros(page_format, "float32"), device, shared)
+    kernel("encode.cu", "tqai_encode", codec_macros(page_format, DTYPE_NAMES[dtype]), device, shared)
+    kernel("decode.cu", "tqai_decode", codec_macros(page_format, "float32"), device, shared)
 
 
 def encode_pages(
@@ -134,5 +134,6 @@ def _launch(
     if blocks == 0:
         return
     macros = codec_macros(page_format, DTYPE_NAMES[dtype])
-    found = kernel("codes.cu", entry, macros, device, shared)
+    file = "encode.cu" if entry == "tqai_encode" else "decode.cu"
+    found = kernel(file, entry, macros, device, shared)
     found.launch(params, (blocks, 2), THREADS, shared, torch.cuda.current_stream(device).cuda_stream)

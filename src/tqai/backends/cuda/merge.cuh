@@ -100,12 +100,14 @@ struct GlobalPart {
 
 // In global memory, on their way: a word is there as soon as it is not ABSENT, a NaN that nothing is. Whoever
 // takes a word puts ABSENT back for the next launch. That saves what a counter costs: a fence, an atomic and a
-// second trip. The reader is the block that is launched last of its segment, so that it waits for blocks that
-// run already. Part `own` is this block's, in its shared memory.
+// second trip. Column j is gathered by one of the last blocks of a segment, `rank_of`. They send before they
+// wait, and blocks are started in order, so that at most the last segment of a launch waits for blocks that
+// have no multiprocessor yet. Part `own` is this block's, in its shared memory.
 #define ABSENT 0xffffffffu
 struct AwaitedParts {
     float *base, *merged;
-    int own;
+    int own, splits, columns;  // columns beyond those are neither sent nor gathered
+    __device__ __forceinline__ int rank_of(int j) const { return splits - 1 - j % splits; }
     __device__ __forceinline__ static float sendable(float f) { return __float_as_uint(f) == ABSENT ? __uint_as_float(0x7fffffffu) : f; }
     __device__ __forceinline__ static bool is_there(float f) { return __float_as_uint(f) != ABSENT; }
     __device__ __forceinline__ static bool is_there(const float4& v, const float2& st) {
@@ -115,6 +117,14 @@ struct AwaitedParts {
         asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(sendable(v.x)), "f"(sendable(v.y)) : "memory");
     }
     __device__ __forceinline__ float* part(int k) const { return base + (i64)k * PART; }
+    __device__ __forceinline__ void put(int j, int d, float2 y) const {
+        if (rank_of(j) == own) *(float2*)(merged + j * SLOT_ROW + d) = y;
+        else if (j < columns) send(part(own) + j * DV + d, y);
+    }
+    __device__ __forceinline__ void put_stat(int j, float2 st) const {
+        if (rank_of(j) == own) *(float2*)(merged + SLOT + 2 * j) = st;
+        else if (j < columns) send(part(own) + COLS * DV + 2 * j, st);
+    }
     __device__ __forceinline__ float4 peek(int k, int j, int at) const {
         if (k == own) return *(const float4*)(merged + j * SLOT_ROW + 4 * at);
         float4 v;
@@ -134,16 +144,11 @@ struct AwaitedParts {
         return v;
     }
 };
-struct AwaitedPart {
-    float* part;
-    __device__ __forceinline__ void put(int j, int d, float2 y) const { AwaitedParts::send(part + j * DV + d, y); }
-    __device__ __forceinline__ void put_stat(int j, float2 st) const { AwaitedParts::send(part + COLS * DV + 2 * j, st); }
-};
-
 // Parts that warps have already gathered, in their slots.
 struct SlotParts {
     const Shared& m;
-    __device__ __forceinline__ float4 peek(int k, int j, int at) const { return *((const float4*)((const float*)(m.ring + m.flag[4 + k * (WARPS < COLS ? WARPS : COLS)]) + j * SLOT_ROW) + at); }
+    int step;  // part k lies in the slot of warp k * step
+    __device__ __forceinline__ float4 peek(int k, int j, int at) const { return *((const float4*)((const float*)(m.ring + m.flag[4 + k * step]) + j * SLOT_ROW) + at); }
     __device__ __forceinline__ static bool is_there(const float4&, const float2&) { return true; }
     __device__ __forceinline__ void taken(int, int, int) const {}
     __device__ __forceinline__ float2 stat(int k, int j) const { return *(const float2*)(m.stats + (k * COLS + j) * 2); }
@@ -271,5 +276,19 @@ __device__ __forceinline__ void finish_global(const Params& p, const Shared& m, 
     }
     __syncthreads();
 #pragma unroll 1
-    for (int j = warp; j < place.columns(p); j += WARPS) finish_column<LOTS>(p, m, place, SlotParts{m}, LOTS, j, m.merged + j * SLOT_ROW, lane);
+    for (int j = warp; j < place.columns(p); j += WARPS) finish_column<LOTS>(p, m, place, SlotParts{m, STEP}, LOTS, j, m.merged + j * SLOT_ROW, lane);
+}
+
+// One column of the awaited parts, by the whole block: every warp some of them.
+__device__ __forceinline__ void finish_awaited(const Params& p, const Shared& m, const Place& place, const AwaitedParts& parts, int count, int j, u8* buffer, int warp, int lane) {
+    Gathered r = {};
+    r.take<2>(parts, warp, WARPS, (count - warp + WARPS - 1) / WARPS, j, lane);
+    if (lane == 0) {
+        m.flag[4 + warp] = (int)(buffer - m.ring);
+        *(float2*)(m.stats + (warp * COLS + j) * 2) = make_float2(r.top, r.sum);
+    }
+    __syncwarp();
+    r.put((float*)buffer + j * SLOT_ROW, 1.0f, lane);
+    __syncthreads();
+    if (warp == 0) finish_column<WARPS % 4 ? 5 : 4>(p, m, place, SlotParts{m, 1}, WARPS, j, m.merged + j * SLOT_ROW, lane);
 }

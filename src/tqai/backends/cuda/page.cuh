@@ -34,11 +34,11 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     for (int v = 0; v < K_STEPS; ++v) {
         u32 w0[BK], a0[8], b0[8];
         load_unit<BK>(data + (2 * v) * (BK * 128), lane, w0);
-        unpack_unit<BK>(w0, lk, p.factors, m.lut_k(), lane, a0, b0);
+        unpack_unit<BK>(w0, lk, m.lut_k(), lane, a0, b0);
         if (2 * v + 1 < K_UNITS) {
             u32 w1[BK], a1[8], b1[8];
             load_unit<BK>(data + (2 * v + 1) * (BK * 128), lane, w1);
-            unpack_unit<BK>(w1, lk, p.factors, m.lut_k(), lane, a1, b1);
+            unpack_unit<BK>(w1, lk, m.lut_k(), lane, a1, b1);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 mma_s8s8(dots[j], a0[2 * j], a0[2 * j + 1], a1[2 * j], a1[2 * j + 1], q.a[v][0], q.a[v][1]);
@@ -59,7 +59,7 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     float x[8], w[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        float d = (float)(dots[i >> 1][(i & 1) * 2] * p.factors.left8 + dots[i >> 1][(i & 1) * 2 + 1]);
+        float d = (float)(dots[i >> 1][(i & 1) * 2] * p.times256 + dots[i >> 1][(i & 1) * 2 + 1]);
         x[i] = d * bits_float(i & 1 ? sk[i >> 1] & 0xffff0000u : sk[i >> 1] << 16);
         w[i] = bits_float(i & 1 ? sv[i >> 1] & 0xffff0000u : sv[i >> 1] << 16);
 #if SOFTCAP
@@ -77,14 +77,17 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
         }
     }
 #else
-    if (page == 0 && p.first_token > 0) {
-        asm volatile("" ::: "memory");  // a branch: every other page would pay for selections
+    // A loop of one turn, as the compiler would make selections, for which every page pays, of a branch.
+    int hides = page == 0 && p.first_token > 0;
+#pragma unroll 1
+    while (hides) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             bool seen = g * 8 + i >= p.first_token;
             x[i] = seen ? x[i] : -INF;
             w[i] = seen ? w[i] : 0.0f;
         }
+        asm volatile("mov.s32 %0, 0;" : "=r"(hides));
     }
 #endif
     // The reference of the exponentials moves only when a logit rises far above it: float32 has
@@ -153,7 +156,7 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     for (int u = 0; u < V_UNITS; ++u) {
         u32 w0[BV], a[8], b[8];
         load_unit<BV>(data + V_CODES_AT + u * (BV * 128), lane, w0);
-        unpack_unit<BV>(w0, lv, p.factors, m.lut_v(), lane, a, b);
+        unpack_unit<BV>(w0, lv, m.lut_v(), lane, a, b);
         int s4[4] = {0, 0, 0, 0};
         mma_s8u8(s4, a[0], a[1], a[2], a[3], pa[0][0], pa[0][1]);
         mma_s8u8(s4, a[4], a[5], a[6], a[7], pa[1][0], pa[1][1]);
@@ -161,7 +164,7 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
             mma_s8u8(s4, b[0], b[1], b[2], b[3], pb[0][0], pb[0][1]);
             mma_s8u8(s4, b[4], b[5], b[6], b[7], pb[1][0], pb[1][1]);
         }
-        r.o[u][0] = fmaf((float)(s4[0] * p.factors.left8 + s4[1]), back, r.o[u][0]);
-        r.o[u][1] = fmaf((float)(s4[2] * p.factors.left8 + s4[3]), back, r.o[u][1]);
+        r.o[u][0] = fmaf((float)(s4[0] * p.times256 + s4[1]), back, r.o[u][0]);
+        r.o[u][1] = fmaf((float)(s4[2] * p.times256 + s4[3]), back, r.o[u][1]);
     }
 }

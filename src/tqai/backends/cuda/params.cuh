@@ -61,7 +61,7 @@ struct Params {
     const float *plan_k, *plan_v;
     const u32 *lut_k, *lut_v;
     Levels levels_k, levels_v;
-    Factors factors;
+    int times256;  // for the compiler to multiply by: as a shift it would go to the busier unit
 };
 
 // One segment.

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqai.backends.cuda.plan import division
 
-__all__ = ["CHANGING", "FACTORS", "Sizes", "divisor"]
+__all__ = ["CHANGING", "Sizes", "divisor"]
 
 CHANGING = Struct("=QqQQ Q3q QQQQ 3q3q3q3q Q4q QQQQ iiif")
 """Addresses and strides, in order: addresses, address_stride, page_counts, recent_counts; query with strides;
@@ -44,11 +44,8 @@ class Sizes(ctypes.Structure):
         *_fields(_Divisor, "by_items", "by_heads", "by_col_groups", "by_group", "by_grid"),
         *_fields(ctypes.c_uint64, "plan_k", "plan_v", "lut_k", "lut_v"),
         *_fields(_Levels, "levels_k", "levels_v"),
-        *_fields(ctypes.c_uint32 * 3, "factors"),
+        *_fields(ctypes.c_int32, "times256"),
     ]
 
-
-FACTORS = (1 << 16, 1 << 30, 256)
-"""`Factors` of unpack.cuh."""
 
 assert CHANGING.size % 8 == 0

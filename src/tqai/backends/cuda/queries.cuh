@@ -35,7 +35,7 @@ __device__ __forceinline__ void take_query(const Params& p, const Shared& m, Raw
         top = max_nan(top, fabsf(x[i]));
         sum += x[i];
     }
-#pragma unroll
+#pragma unroll 1
     for (int o = 1; o < 32; o *= 2) {
         top = max_nan(top, __shfl_xor_sync(FULL, top, o));
         sum += __shfl_xor_sync(FULL, sum, o);

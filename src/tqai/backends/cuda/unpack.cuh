@@ -40,24 +40,11 @@ __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
     return d;
 }
 
-// w >> 16 and the like as a product: byte permutes keep the unit that shifts busy, the one that multiplies is
-// idle. The factors come from the host, so that the compiler does not make shifts of them.
-struct Factors {
-    u32 right16, right2;  // 2^16 and 2^30, for the high word of a product
-    int left8;            // 256
-};
-
-__device__ __forceinline__ u32 high_product(u32 a, u32 factor) {
-    u32 d;
-    asm("mul.hi.u32 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(factor));
-    return d;
-}
-
 #define HAS_TWO_TABLES(bits) ((bits) == 4 || (bits) == 8)
 
 // `lut` (8 bits only): shared memory, entry [code][lane], byte 0 of it for table a and byte 1 for b.
 template <int BITS>
-__device__ __forceinline__ void unpack_unit(const u32 (&w)[BITS], const Levels& t, const Factors& f, const u32* lut, int lane,
+__device__ __forceinline__ void unpack_unit(const u32 (&w)[BITS], const Levels& t, const u32* lut, int lane,
                                             u32 (&a)[8], u32 (&b)[8]) {
     if constexpr (BITS == 8) {
 #pragma unroll
@@ -77,8 +64,8 @@ __device__ __forceinline__ void unpack_unit(const u32 (&w)[BITS], const Levels& 
             u32 v = w[j] ^ 0x88888888u;
             a[2 * j] = permute(t.a0, t.a1, w[j]);
             b[2 * j] = permute(t.b0, t.b1, v);
-            a[2 * j + 1] = permute(t.a0, t.a1, high_product(w[j], f.right16));
-            b[2 * j + 1] = permute(t.b0, t.b1, high_product(v, f.right16));
+            a[2 * j + 1] = permute(t.a0, t.a1, w[j] >> 16);
+            b[2 * j + 1] = permute(t.b0, t.b1, v >> 16);
         }
     } else if constexpr (BITS == 3) {
         u32 rest = ((w[0] >> 3) & 0x11111111u) | ((w[1] >> 2) & 0x22222222u) | ((w[2] >> 1) & 0x44444444u);
@@ -86,23 +73,23 @@ __device__ __forceinline__ void unpack_unit(const u32 (&w)[BITS], const Levels& 
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             a[2 * j] = permute(t.a0, t.a1, s[j]);
-            a[2 * j + 1] = permute(t.a0, t.a1, high_product(s[j], f.right16));
+            a[2 * j + 1] = permute(t.a0, t.a1, s[j] >> 16);
         }
     } else if constexpr (BITS == 2) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            u32 s0 = w[j] & 0x33333333u, s1 = high_product(w[j], f.right2) & 0x33333333u;
+            u32 s0 = w[j] & 0x33333333u, s1 = (w[j] >> 2) & 0x33333333u;
             a[4 * j] = permute(t.a0, t.a1, s0);
-            a[4 * j + 1] = permute(t.a0, t.a1, high_product(s0, f.right16));
+            a[4 * j + 1] = permute(t.a0, t.a1, s0 >> 16);
             a[4 * j + 2] = permute(t.a0, t.a1, s1);
-            a[4 * j + 3] = permute(t.a0, t.a1, high_product(s1, f.right16));
+            a[4 * j + 3] = permute(t.a0, t.a1, s1 >> 16);
         }
     } else {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             u32 s = (w[0] >> j) & 0x11111111u;
             a[2 * j] = permute(t.a0, t.a1, s);
-            a[2 * j + 1] = permute(t.a0, t.a1, high_product(s, f.right16));
+            a[2 * j + 1] = permute(t.a0, t.a1, s >> 16);
         }
     }
 }
