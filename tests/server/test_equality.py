@@ -1,5 +1,7 @@
 """What a request gets does not depend on what else is served, on preemption, or on the prefix cache."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from engine_runs import finished, request, run, run_one
@@ -107,20 +109,29 @@ def test_uncompressed_pages_give_the_model_s_own_greedy_tokens(make_engine, load
     assert served == out[0, 330:].tolist()
 
 
-def test_compressed_pages_hold_what_the_cache_of_one_sequence_holds(make_engine, loaded, document_ids):
-    """Logits after a prompt: those of a `TurboQuantCache` that was fed 64 tokens at a time."""
+@pytest.mark.parametrize("sinks, window", [(0, 0), (3, 70)])
+def test_tokens_see_what_the_cache_of_one_sequence_shows_them(
+    make_engine, loaded, document_ids, sinks, window
+):
+    """Log-probabilities of a prompt and 66 more tokens: those of a `TurboQuantCache` that is fed the
+    prompt 64 tokens at a time and the rest one by one."""
     model, _ = loaded
     prompt = document_ids[:330]
-    with make_engine() as engine:
-        (chosen,) = run_one(engine, request(prompt, max_tokens=1, logprobs=20)).chosen
-        cache = TurboQuantCache(model)
-        with torch.inference_mode():
-            for start in range(0, 330, 64):
-                ids = torch.tensor([prompt[start : start + 64]])
-                logits = model(ids, past_key_values=cache).logits[0, -1]
-    logprobs = torch.log_softmax(logits, -1)
-    for token, logprob in chosen.top:
-        assert abs(float(logprobs[token]) - logprob) < 2e-3
+    config = CacheConfig(sink_tokens=sinks, residual_window=window)
+    with make_engine(cache=config) as engine:
+        chosen = run_one(engine, request(prompt, max_tokens=66, logprobs=0, ignore_eos=True)).chosen
+    cache = TurboQuantCache(model, config=config)
+    tokens = prompt + [item.token for item in chosen]
+    first = sinks + window
+    starts = [*([0] if first else []), *range(first, 330, 64), *range(330, 396)]
+    with torch.inference_mode():
+        for start, stop in pairwise([*dict.fromkeys(starts), 396]):
+            ids = torch.tensor([tokens[start:stop]])
+            positions = torch.arange(start, stop)[None]
+            logits = model(ids, position_ids=positions, past_key_values=cache).logits[0, -1]
+            if stop >= 330 and stop < 396:
+                found = float(torch.log_softmax(logits, -1)[tokens[stop]])
+                assert abs(found - chosen[stop - 330].logprob) < 5e-3, stop
 
 
 @pytest.mark.parametrize("threads", [2])
