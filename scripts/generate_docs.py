@@ -22,7 +22,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/performance-cpu.md")
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from option_tables import activations_table, qjl_table, solvers_table  # noqa: E402
+
+DOCUMENTS = ("README.md", "docs/performance-cpu.md", "docs/quality-options.md")
 CLI = "docs/cli.md"
 PICTURE = "docs/images/demo.svg"
 
@@ -258,6 +262,9 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "speed": speed_table,
     "cpu-attention": cpu_attention_table,
     "cpu-generate": cpu_generate_table,
+    "qjl": qjl_table,
+    "solvers": solvers_table,
+    "activations": activations_table,
 }
 
 if __name__ == "__main__":

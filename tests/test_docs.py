@@ -24,8 +24,8 @@ def generate_docs():
 def copy(tmp_path):
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "README.md", tmp_path)
-    for page in ("cli.md", "performance-cpu.md"):
-        shutil.copy(ROOT / "docs" / page, tmp_path / "docs")
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        shutil.copy(page, tmp_path / "docs")
     if (ROOT / "docs" / "images").is_dir():
         shutil.copytree(ROOT / "docs" / "images", tmp_path / "docs" / "images")
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
