@@ -152,10 +152,10 @@ class CompressedLayer:
         history = None
         if pages * PAGE_TOKENS > history_from:
             history = self.pool.history(*divmod(history_from, PAGE_TOKENS))
+        fits = self.window.append(keys, values, self.offsets)
         new = ExactTokens(keys, values)
-        if self.offsets is not None:
+        if not fits and self.offsets is not None:
             new = self.offsets.taken_off(new)
-        fits = self.window.append(*new)
         recent = self.window.tokens if fits else joined(self.window.tokens, new)
         trimmed = max(history_from - pages * PAGE_TOKENS, 0)
         in_sight = ExactTokens(*(part[:, :, trimmed:] for part in recent)) if trimmed else recent

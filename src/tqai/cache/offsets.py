@@ -66,6 +66,15 @@ class Offsets:
         """
         return ExactTokens(_sum(tokens.keys, self.keys, -1), _sum(tokens.values, self.values, -1))
 
+    def take_off_into(self, target: ExactTokens, tokens: ExactTokens) -> None:
+        """Write `tokens` without the offsets into `target` (views of the same shape): `taken_off` without
+        the tensors between, which a step would pay for."""
+        for held, new, offset in zip(target, tokens, self._parts(), strict=True):
+            if offset is None or new.requires_grad:
+                held.copy_(_sum(new, offset, -1))
+            else:
+                _within(torch.sub(new, offset, out=held))
+
     def put_back(self, tokens: ExactTokens) -> ExactTokens:
         """Inverse of `taken_off`, but for rounding."""
         return ExactTokens(_sum(tokens.keys, self.keys, 1), _sum(tokens.values, self.values, 1))
@@ -78,9 +87,13 @@ class Offsets:
         """
         out, lse = attended
         if self.values is not None:
-            by_head = out.unflatten(1, (self.values.shape[1], -1))
-            shifted = _sum(by_head, self.values.unsqueeze(2), 1).flatten(1, 2)
-            out = torch.where(lse.isneginf().unsqueeze(-1), out, shifted) if masked else shifted
+            batch, kv_heads, _, dim = self.values.shape
+            # a view of `out` itself, which nobody else holds: every operation here is paid at every step
+            by_head = out.contiguous().view(batch, kv_heads, -1, dim)
+            blind = lse.isneginf().view(batch, kv_heads, -1, 1) if masked else None
+            shift = self.values if blind is None else torch.where(blind, 0.0, self.values)
+            by_head = by_head + shift if out.requires_grad else by_head.add_(shift)
+            out = _within(by_head).view(out.shape)
         if self.keys is not None and scaling is not None:
             by_head = query.float().unflatten(1, (self.keys.shape[1], -1))
             shift = (by_head * self.keys.float().unsqueeze(2)).sum(-1).flatten(1, 2)
@@ -186,11 +199,12 @@ def _mean(tokens: Tensor, counts: Tensor) -> Tensor:
 
 
 def _sum(tokens: Tensor, offset: Tensor | None, sign: int) -> Tensor:
-    if offset is None:
-        return tokens
-    total = torch.add(tokens, offset, alpha=sign)
+    return tokens if offset is None else _within(torch.add(tokens, offset, alpha=sign))
+
+
+def _within(total: Tensor) -> Tensor:
+    """`total` clamped to float16's range, in place, the only one that real tokens come near to."""
     if total.dtype == torch.float16:
-        # the only dtype whose range real tokens come near to
         limit = torch.finfo(torch.float16).max
-        total = total.clamp(-limit, limit)
+        total = total.clamp(-limit, limit) if total.requires_grad else total.clamp_(-limit, limit)
     return total

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tqai.backends.base import ExactTokens
+from tqai.cache.offsets import Offsets
 
 __all__ = ["Window", "joined"]
 
@@ -40,15 +41,20 @@ class Window:
         """The tokens in the window, oldest first: views, true until the next call that changes it."""
         return ExactTokens(self.keys[:, :, self.start : self.stop], self.values[:, :, self.start : self.stop])
 
-    def append(self, keys: Tensor, values: Tensor) -> bool:
-        """Add tokens if they fit; False, with nothing changed, if they do not."""
+    def append(self, keys: Tensor, values: Tensor, offsets: Offsets | None = None) -> bool:
+        """Add tokens, less `offsets`, if they fit; False, with nothing changed, if they do not."""
         count = keys.shape[2]
         if len(self) + count > self.capacity:
             return False
         if self.stop + count > self.capacity:
             self._move_to_front()
-        self.keys[:, :, self.stop : self.stop + count] = keys
-        self.values[:, :, self.stop : self.stop + count] = values
+        place = slice(self.stop, self.stop + count)
+        if offsets is not None:
+            target = ExactTokens(self.keys[:, :, place], self.values[:, :, place])
+            offsets.take_off_into(target, ExactTokens(keys, values))
+        else:
+            self.keys[:, :, place] = keys
+            self.values[:, :, place] = values
         self.stop += count
         return True
 
