@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 
+from tqai.cli.mlx_model import NEEDS_MLX
 from tqai.cli.models import WRONG_USAGE, find_device
 from tqai.cli.options import BackendOption, BitsK, BitsV, ConfigOption, DeviceOption, JsonOption, cache_config
 from tqai.cli.report import CommandError, Steps, console, print_json, steps
@@ -49,7 +51,7 @@ def benchmark(
         raise CommandError(f"--tokens {tokens}: allowed are whole numbers from 64", WRONG_USAGE)
     if n_vectors is not None and n_vectors < 1:
         raise CommandError(f"--n-vectors {n_vectors}: allowed are whole numbers from 1", WRONG_USAGE)
-    where = find_device(device)
+    where = _mlx_device(device) if backend == "mlx" else find_device(device)
     results = {}
     with steps(4 * len(configs)) as progress:
         for settings in configs:
@@ -65,10 +67,8 @@ def benchmark(
 def _measure(
     settings: CacheConfig, head_dim: int, tokens: int, n_vectors: int | None, where: Any, progress: Steps
 ) -> dict[str, Any]:
-    from tqai.cli.kernel_speed import KernelBench
-
     progress.begin(f"{settings.label}: encoding")
-    bench = KernelBench(settings, head_dim, tokens // 64, where)
+    bench = _bench(settings, head_dim, tokens // 64, where)
     progress.done()
     progress.begin(f"{settings.label}: checking against the reference")
     checks = bench.check()
@@ -94,6 +94,29 @@ def _measure(
         "encode": encode,
         "attention": attention,
     }
+
+
+def _bench(settings: CacheConfig, head_dim: int, pages: int, where: Any) -> Any:
+    if settings.backend == "mlx":
+        from tqai.cli.mlx_speed import MlxBench
+
+        return MlxBench(settings, head_dim, pages)
+    from tqai.cli.kernel_speed import KernelBench
+
+    return KernelBench(settings, head_dim, pages, where)
+
+
+def _mlx_device(device: str | None) -> str:
+    """What to call MLX's default device, which cannot be chosen here."""
+    if find_spec("mlx") is None or find_spec("mlx_lm") is None:
+        raise CommandError(NEEDS_MLX)
+    if device is not None:
+        raise CommandError(
+            f"--device {device}: MLX computes on its default device, leave it out", WRONG_USAGE
+        )
+    import mlx.core as mx
+
+    return f"mlx {'gpu' if mx.default_device().type == mx.DeviceType.gpu else 'cpu'}"
 
 
 def _print_all(results: dict[str, dict[str, Any]]) -> None:

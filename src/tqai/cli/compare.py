@@ -49,7 +49,7 @@ def compare(
     cache.settings()  # what is wrong is said before a model is loaded
     check_new_tokens(max_tokens)
     text = read_text(file)
-    loaded = load_model(cache.model_source(model), device, dtype)
+    loaded = load_model(cache.model_source(model), device, dtype, cache.backend)
     settings = cache.settings_for(loaded.model)
     input_ids = token_ids(loaded, prompt, text, chat, max_tokens)
     with steps(2) as progress:

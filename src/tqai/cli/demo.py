@@ -78,7 +78,7 @@ def demo(
     check_new_tokens(max_tokens)
     if facts < 1:
         raise CommandError(f"--facts {facts}: allowed are whole numbers from 1", WRONG_USAGE)
-    loaded = load_model(cache.model_source(model), device, dtype)
+    loaded = load_model(cache.model_source(model), device, dtype, cache.backend)
     settings = cache.settings_for(loaded.model)
     prompt, document_ids, question_ids = _document(loaded, tokens, facts, seed, max_tokens)
     with steps(2 * (facts + 1)) as progress:
@@ -109,8 +109,6 @@ def _document(
     loaded: LoadedModel, tokens: int, facts: int, seed: int, max_tokens: int
 ) -> tuple[RetrievalPrompt, torch.Tensor, list[torch.Tensor]]:
     """The prompt, the ids `[1, n]` that all questions share, and the ids `[1, m]` of each question."""
-    import torch
-
     from tqai.demo import make_prompt
 
     limit = loaded.context_tokens
@@ -125,9 +123,7 @@ def _document(
         raise CommandError(f"--tokens {tokens} --facts {facts}: {error}", WRONG_USAGE) from error
     full = [loaded.tokenizer.encode(prompt.prompt(index)) for index in range(facts)]
     shared = _common_length([*full, loaded.tokenizer.encode(prompt.text)])
-    device = loaded.model.device
-    document_ids = torch.tensor([full[0][:shared]], device=device)
-    return prompt, document_ids, [torch.tensor([ids[shared:]], device=device) for ids in full]
+    return prompt, loaded.batch(full[0][:shared]), [loaded.batch(ids[shared:]) for ids in full]
 
 
 def _common_length(sequences: Sequence[Sequence[int]]) -> int:

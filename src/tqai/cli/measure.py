@@ -67,7 +67,9 @@ class CacheFigures:
 
 
 def uncompressed_cache(model: Any) -> Any:
-    """An empty cache of transformers' own."""
+    """An empty cache of transformers' own, or of mlx-lm's."""
+    if hasattr(model, "mlx"):
+        return model.uncompressed_cache()
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
@@ -78,6 +80,12 @@ def compressed_cache(model: Any, config: CacheConfig) -> Iterator[Any]:
     """An empty compressed cache; the model is patched while the context lasts."""
     import tqai
 
+    if hasattr(model, "mlx"):
+        try:
+            yield model.patch(config)
+        finally:
+            model.unpatch()
+        return
     cache = tqai.patch(model, config=config)
     try:
         yield cache
@@ -87,10 +95,14 @@ def compressed_cache(model: Any, config: CacheConfig) -> Iterator[Any]:
 
 def fill(model: Any, input_ids: torch.Tensor, cache: Any) -> float:
     """Prefill `cache` with `[1, tokens]` ids in one pass and return the seconds taken."""
-    from tqai.evaluation.chunked import run_tokens
-
     if not input_ids.shape[1]:
         return 0.0
+    if hasattr(model, "mlx"):
+        start = time.perf_counter()
+        model.last_logits(input_ids, cache)
+        return time.perf_counter() - start
+    from tqai.evaluation.chunked import run_tokens
+
     start = _now(model)
     run_tokens(model, input_ids, cache, last_only=True)
     return _now(model) - start
@@ -100,6 +112,8 @@ def decode(
     model: Any, input_ids: torch.Tensor, cache: Any, new_tokens: int, stop: Collection[int]
 ) -> Decoded:
     """Decode greedily after what `cache` holds and `input_ids` `[1, tokens]`; at least one token."""
+    if hasattr(model, "mlx"):
+        return Decoded(*model.decode(input_ids, cache, new_tokens, stop))
     from tqai.evaluation.chunked import run_tokens
 
     start = _now(model)
@@ -120,7 +134,8 @@ def speed_of(answers: Collection[Decoded]) -> float | None:
 
 
 def figures_of(cache: Any, label: str) -> CacheFigures:
-    """The figures of a `TurboQuantCache` (from its own report) or a `DynamicCache` (from its tensors)."""
+    """The figures of a compressed cache (from its own report), a `DynamicCache` (from its tensors) or an
+    uncompressed cache of mlx-lm."""
     if hasattr(cache, "memory"):
         memory = cache.memory()
         return CacheFigures(
@@ -131,6 +146,11 @@ def figures_of(cache: Any, label: str) -> CacheFigures:
             memory.compression_factor,
             memory.to_dict(),
         )
+    if hasattr(cache, "figures"):
+        tokens, held, values = cache.figures()
+        if not values:
+            return CacheFigures(label, tokens, held, 0.0, 1.0)
+        return CacheFigures(label, tokens, held, 8 * held / values, 2 * values / held)
     from tqai.evaluation.held import held_bytes
 
     values = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,7 @@ class LoadedModel:
     Attributes:
         name: what to call it in output.
         embedded: it is the model inside the package.
-        model: a transformers causal language model, in eval mode, on its device.
+        model: a transformers causal language model, in eval mode, on its device, or an `MlxModel`.
         tokenizer: its tokenizer.
     """
 
@@ -43,14 +44,29 @@ class LoadedModel:
         text_config = self.model.config.get_text_config(decoder=True)
         return getattr(text_config, "max_position_embeddings", None)
 
+    def batch(self, ids: Sequence[int]) -> Any:
+        """`ids` as the model takes them, int64 `[1, tokens]`: a tensor on its device, numpy for MLX."""
+        if hasattr(self.model, "mlx"):
+            import numpy as np
 
-def load_model(name: str | None, device: str | None, dtype: str | None) -> LoadedModel:
-    """The model of that name (None: the embedded one), on `device` (None: a GPU if there is one).
+            return np.array([ids], dtype=np.int64)
+        import torch
+
+        return torch.tensor([ids], dtype=torch.long, device=self.model.device)
+
+
+def load_model(
+    name: str | None, device: str | None, dtype: str | None, backend: str | None = None
+) -> LoadedModel:
+    """The model of that name (None: the embedded one), on `device` (None: a GPU if there is one); with
+    backend "mlx" a local folder, loaded by mlx-lm.
 
     Raises:
         CommandError: torch or transformers are not installed; no such model; the hub is out of reach;
             no such device or dtype.
     """
+    if backend == "mlx":
+        return _load_mlx(name, device, dtype)
     if find_spec("torch") is None or find_spec("transformers") is None:
         raise CommandError(NEEDS_TORCH)
     if dtype is not None and dtype not in DTYPES:
@@ -64,6 +80,20 @@ def load_model(name: str | None, device: str | None, dtype: str | None) -> Loade
     if name is None or source is None:
         return _load_embedded(wanted, where)
     return _load_named(name, source, wanted, where)
+
+
+def _load_mlx(name: str | None, device: str | None, dtype: str | None) -> LoadedModel:
+    from tqai import demo
+    from tqai.cli.mlx_model import load_mlx
+
+    if dtype is not None and dtype not in DTYPES:
+        raise CommandError(f"--dtype {dtype}: allowed are {', '.join(DTYPES)}", WRONG_USAGE)
+    folder = demo.model_path() if name is None else Path(name).expanduser()
+    if not folder.is_dir():
+        raise CommandError(f"model {name}: no such folder; with --backend mlx a local folder is wanted")
+    _check_folder(folder)
+    model, tokenizer = load_mlx(str(folder), device, dtype)
+    return LoadedModel("embedded model" if name is None else name, name is None, model, tokenizer)
 
 
 def _load_embedded(dtype: torch.dtype | None, device: torch.device) -> LoadedModel:

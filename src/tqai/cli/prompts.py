@@ -44,8 +44,6 @@ def token_ids(loaded: LoadedModel, prompt: str, file_text: str, chat: bool, new_
     Raises:
         CommandError: nothing to read, no chat template, or more tokens than the model has positions for.
     """
-    import torch
-
     between = "\n\n" if file_text and not prompt.startswith("\n") else ""
     text = file_text + between + prompt
     tokenizer = loaded.tokenizer
@@ -66,4 +64,5 @@ def token_ids(loaded: LoadedModel, prompt: str, file_text: str, chat: bool, new_
             f"{len(ids)} prompt tokens and {new_tokens} new ones: {loaded.name} has only {limit} positions",
             WRONG_USAGE,
         )
-    return torch.tensor([ids], dtype=torch.long, device=loaded.model.device)
+    batch: torch.Tensor = loaded.batch(ids)
+    return batch

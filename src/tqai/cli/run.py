@@ -45,7 +45,7 @@ def run(
     if not temperature >= 0 or temperature == float("inf"):
         raise CommandError(f"--temperature {temperature}: allowed are numbers from 0", WRONG_USAGE)
     text = read_text(file)
-    loaded = load_model(cache.model_source(model), device, dtype)
+    loaded = load_model(cache.model_source(model), device, dtype, cache.backend)
     settings = cache.settings_for(loaded.model)
     input_ids = token_ids(loaded, prompt, text, chat, max_tokens)
     with ExitStack() as stack:
@@ -83,11 +83,16 @@ def _generate(
     temperature: float,
     seed: int | None,
 ) -> list[int]:
+    stop = sorted(stop_ids(loaded.model, loaded.tokenizer))
+    if hasattr(loaded.model, "mlx"):
+        found: list[int] = loaded.model.generate(
+            input_ids, cache, streamer, max_tokens, temperature, seed, stop
+        )
+        return found
     import torch
 
     if seed is not None:
         torch.manual_seed(seed)
-    stop = sorted(stop_ids(loaded.model, loaded.tokenizer))
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}
