@@ -204,8 +204,9 @@ def main() -> None:
                     rows.append(found)
             gc.collect()
             torch.cuda.empty_cache()
-    report = {"where": gpu_provenance(arguments.commit), "weights_bytes": weights, "rows": rows}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+            # after every size: a run that is stopped has not been for nothing
+            report = {"where": gpu_provenance(arguments.commit), "weights_bytes": weights, "rows": rows}
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

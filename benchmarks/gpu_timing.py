@@ -78,9 +78,10 @@ def read_rate() -> float:
 
 
 def gpu_provenance(commit: str | None) -> dict[str, Any]:
-    """As `provenance`, with the GPU and its driver; `commit` where there is no git checkout."""
+    """As `provenance`, with the GPU and its driver; `commit` where the checkout cannot be asked."""
     found = provenance()
-    found["commit"] = found["commit"] or commit
+    if commit is not None:
+        found["commit"], found["changed_files"] = commit, None
     found["gpu"] = torch.cuda.get_device_name()
     found["cuda"] = torch.version.cuda
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -24,9 +24,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import gpu_tables  # noqa: E402
 from option_tables import activations_table, qjl_table, solvers_table  # noqa: E402
 
-DOCUMENTS = ("README.md", "docs/performance-cpu.md", "docs/quality-options.md")
+DOCUMENTS = ("README.md", "docs/performance-cpu.md", "docs/performance-gpu.md", "docs/quality-options.md")
 CLI = "docs/cli.md"
 PICTURE = "docs/images/demo.svg"
 
@@ -262,6 +263,11 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "speed": speed_table,
     "cpu-attention": cpu_attention_table,
     "cpu-generate": cpu_generate_table,
+    "gpu-attention": gpu_tables.attention_table,
+    "gpu-eager": gpu_tables.eager_table,
+    "gpu-roofline": gpu_tables.roofline_table,
+    "gpu-encode": gpu_tables.encode_table,
+    "gpu-generate": gpu_tables.generate_table,
     "qjl": qjl_table,
     "solvers": solvers_table,
     "activations": activations_table,

@@ -5,6 +5,7 @@
     handles.py    what `update` returns instead of tensors, so that nothing is decompressed
     attention.py  the registered attention and mask functions, which read the handles
     patching.py   patch and unpatch
+    decode_graph.py  the decode step as one CUDA graph
     activations.py  hidden states, feed-forward inputs and logits rounded as they flow (a study)
     folding.py    the rotation of the values moved into a model's weights
     converted.py  the folder of a converted model

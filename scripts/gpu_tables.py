@@ -1,0 +1,121 @@
+"""Tables of the GPU's figures for `generate_docs.py`, from benchmarks/results/gpu_*.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["attention_table", "eager_table", "encode_table", "generate_table", "roofline_table"]
+
+PAIRS = ((4, 2), (4, 4), (3, 3), (8, 8))
+
+
+def attention_table(root: Path) -> str:
+    """Graph replays of decode attention against the fastest torch SDPA."""
+    return _attention(root, "graph")
+
+
+def eager_table(root: Path) -> str:
+    """The same, called one by one from Python."""
+    return _attention(root, "eager")
+
+
+def roofline_table(root: Path) -> str:
+    """The largest case against the rate at which torch's kernel reads."""
+    result = _read(root, "gpu_attention")
+    rate = result["read_bytes_per_s"]
+    lines = [
+        f"| B8 128k | packed bytes | at {rate / 1e12:.2f} TB/s | measured | share of the rate |",
+        "|---|---|---|---|---|",
+    ]
+    for pair in PAIRS:
+        row = _row(result, 8, 131072, pair)
+        lines.append(
+            f"| K{pair[0]}/V{pair[1]} | {row['packed_bytes'] / 1e6:.1f} MB "
+            f"| {row['packed_bytes'] / rate * 1e6:.0f} us | {row['graph_us']:.1f} us "
+            f"| {row['of_read_rate']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def encode_table(root: Path) -> str:
+    """Encoding, in bytes of input."""
+    result = _read(root, "gpu_encode")
+    lines = ["| | us for 1.07 GB | input | share of the copy rate |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        lines.append(
+            f"| K{row['bits_k']}/V{row['bits_v']} | {row['graph_us']:.0f} "
+            f"| {row['input_bytes_per_s'] / 1e12:.2f} TB/s | {row['of_copy_bandwidth']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def generate_table(root: Path) -> str:
+    """Tokens per second of a model of 8 billion parameters."""
+    result = _read(root, "gpu_generate")
+    lines = [
+        "| batch, tokens | DynamicCache eager | StaticCache graph | K4/V2 eager | K4/V2 graph | K4/V4 graph "
+        "| cache, GiB: bfloat16, K4/V2 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    sizes = list(dict.fromkeys((row["batch"], row["tokens"]) for row in result["rows"]))
+    dynamic: dict[str, Any] = {}
+    for batch, tokens in sizes:
+        found = {
+            (row["cache"], row["mode"]): row
+            for row in result["rows"]
+            if (row["batch"], row["tokens"]) == (batch, tokens)
+        }
+        if ("DynamicCache", "eager") in found:
+            dynamic = found["DynamicCache", "eager"]
+            if ("K4/V2", "eager") not in found:
+                continue  # a batch that DynamicCache alone was run at: its row comes with the next
+        base = f"{dynamic['tokens_per_s']:.1f}"
+        if dynamic["batch"] != batch:
+            base += f" (batch {dynamic['batch']})"
+        cells = []
+        for key in (("StaticCache", "graph"), ("K4/V2", "eager"), ("K4/V2", "graph"), ("K4/V4", "graph")):
+            row = found.get(key)
+            cells.append("-" if row is None else f"{row['tokens_per_s']:.1f}" + _times(row))
+        held = dynamic["cache_bytes"] * batch / dynamic["batch"] / 2**30
+        packed = found["K4/V2", "graph"]["cache_bytes"] / 2**30
+        lines.append(
+            f"| {batch}, {tokens // 1024}k | {base} | {' | '.join(cells)} | {held:.2f}, {packed:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _times(row: dict[str, Any]) -> str:
+    return f" ({row['speedup']:.2f}x)" if "speedup" in row else ""
+
+
+def _attention(root: Path, mode: str) -> str:
+    result = _read(root, "gpu_attention")
+    fastest = [row for row in result["rows"] if row["backend"].startswith("torch")]
+    names = [f"B{row['batch']} {row['tokens'] // 1024}k" for row in fastest]
+    lines = [
+        "| us | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+        "| torch SDPA, bfloat16 | " + " | ".join(f"{row[f'{mode}_us']:.1f}" for row in fastest) + " |",
+    ]
+    for pair in PAIRS:
+        cells = []
+        for base in fastest:
+            row = _row(result, base["batch"], base["tokens"], pair)
+            cells.append(f"{row[f'{mode}_us']:.1f} ({row[f'speedup_{mode}']:.2f})")
+        lines.append(f"| K{pair[0]}/V{pair[1]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _row(result: dict[str, Any], batch: int, tokens: int, pair: tuple[int, int]) -> dict[str, Any]:
+    wanted = {"backend": "cuda", "batch": batch, "tokens": tokens, "bits_k": pair[0], "bits_v": pair[1]}
+    found: dict[str, Any] = next(
+        row for row in result["rows"] if all(row.get(name) == value for name, value in wanted.items())
+    )
+    return found
+
+
+def _read(root: Path, name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((root / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+    return result
