@@ -101,7 +101,7 @@ def _drift(model: Any, text: Tensor) -> Copy:
 
 def _pairs(model: Any, text: Tensor) -> Copy:
     changed = _rebuilt(model, {})
-    scale = torch.ones(model.config.head_dim // 2)
+    scale = torch.ones(model.config.head_dim // 2, device=model.device)
     scale[PAIR_PERIOD // 2 :: PAIR_PERIOD] = PAIR_SCALE
     both = torch.cat([scale, scale])
     with torch.no_grad():

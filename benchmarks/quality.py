@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="*", help="these kinds of task alone: copy, size, kl, retrieval")
     parser.add_argument("--caches", nargs="*", help="these caches alone, as main settings")
     parser.add_argument("--seeds", type=int, nargs="*", help="these seeds alone")
+    parser.add_argument("--documents", type=int, nargs="*", help="these documents alone, counted from 0")
     parser.add_argument("--output", type=Path, help=f"JSON file (default {RESULT.relative_to(ROOT)})")
     arguments = parser.parse_args()
     study = _study(arguments)
@@ -76,6 +77,8 @@ def _study(arguments: argparse.Namespace) -> Study:
         changes |= {"main": tuple(arguments.caches), "others": (), "peers": ()}
     if arguments.seeds:
         changes["seeds"] = tuple(arguments.seeds)
+    if arguments.documents:
+        changes["numbers"] = tuple(arguments.documents)
     return Study(**{**study.__dict__, **changes})
 
 
@@ -119,10 +122,10 @@ def _work(
     from quality_tasks import perform, warm_up
 
     if device != "cpu":
-        from quality_gpu import quanto_without_compiler, replay_trellis
+        from quality_gpu import fast_trellis, quanto_without_compiler
 
         quanto_without_compiler()
-        replay_trellis()
+        fast_trellis(device)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     warm_up(device)

@@ -59,6 +59,7 @@ class Study:
         bits_tokens: length at which all-in bits are counted.
         questions: per kind of retrieval (single, multi, lookup), at `retrieval_tokens`.
         resamples: of the bootstrap.
+        numbers: which of the documents, counted from 0; none for all.
     """
 
     models: tuple[str, ...] = tuple(MODELS)
@@ -75,6 +76,7 @@ class Study:
     questions: int = 4
     retrieval_tokens: int = 2048
     resamples: int = 1000
+    numbers: tuple[int, ...] = ()
 
 
 QUICK = Study(

@@ -28,7 +28,7 @@ from tqai.evaluation import (
 )
 from tqai.evaluation.chunked import run_tokens
 
-TOGETHER = 5  # caches that go through a text beside one reference
+TOGETHER = 8  # caches that go through a text beside one reference
 CALIBRATION_TOKENS = 2048
 CHECKED_TOKENS = 1024
 
@@ -152,9 +152,10 @@ def _quality(task: Task, study: Study, device: str, backend: str | None) -> dict
     makers, found = _makers(task.specs, copy.model, task.seed, backend)
     prefix = torch.tensor(copy.prefix, dtype=text.dtype)
     pieces = split_documents(text, study.document_tokens - len(prefix), study.documents)
-    documents = [torch.cat([prefix, piece]) for piece in pieces]
+    numbers = study.numbers or tuple(range(study.documents))
+    documents = [torch.cat([prefix, pieces[number]]) for number in numbers]
     # fp8 has one scale for a whole batch, hqq one grouping: these go one by one.
-    alone = any(maker.family != "tqai" for maker in makers)
+    alone = any(maker.family in ("fp8", "hqq") for maker in makers)
     at_once = 1 if alone or device == "cpu" else study.documents
     reports = (
         evaluate_quality(
@@ -171,6 +172,7 @@ def _quality(task: Task, study: Study, device: str, backend: str | None) -> dict
     )
     for name, report in reports.items():
         found[name] = {
+            "documents": list(numbers),
             "kl_by_document": [float(scores.kl.mean()) for scores in report.documents],
             "nll_by_document": [float(scores.nll.mean()) for scores in report.documents],
             "kl_median": report.summary.kl_median.value,

@@ -16,10 +16,12 @@ import typer
 import tqai
 from tqai.cli.bench_kv import bench_kv
 from tqai.cli.benchmark import benchmark
+from tqai.cli.calibrate import calibrate
 from tqai.cli.chat import chat
 from tqai.cli.compare import compare
 from tqai.cli.convert import convert
 from tqai.cli.demo import demo
+from tqai.cli.eval import evaluate
 from tqai.cli.info import info
 from tqai.cli.plan import plan
 from tqai.cli.report import CommandError
@@ -37,8 +39,9 @@ app = typer.Typer(
     epilog="TQAI_DEBUG=1 shows the traceback of an error.",
     pretty_exceptions_enable=False,
 )
-for _command in (demo, info, run, compare, benchmark, bench_kv, convert, serve, chat, plan):
+for _command in (demo, info, run, compare, benchmark, bench_kv, convert, serve, chat, plan, calibrate):
     app.command()(_command)
+app.command("eval")(evaluate)
 
 
 @app.callback(invoke_without_command=True)
