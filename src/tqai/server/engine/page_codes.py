@@ -120,8 +120,9 @@ class ExactPages:
 
     name = "exact"
 
-    def __init__(self, shape: LayerShape, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
+    def __init__(self, shape: LayerShape, dtype: torch.dtype, with_lse: bool = False) -> None:
+        """`with_lse`: the log-sum-exp is wanted too."""
+        self.shape, self.dtype, self.with_lse = shape, dtype, with_lse
         self.page_bytes = PAGE_TOKENS * (shape.key_dim + shape.value_dim) * dtype.itemsize
 
     def encode(self, keys: Tensor, values: Tensor) -> Tensor:
@@ -140,7 +141,7 @@ class ExactPages:
         scaling: float,
         softcap: float | None,
     ) -> Attended:
-        """See `PageCodes.attend`; the log-sum-exp is not computed unless soft-capping needs this way."""
+        """See `PageCodes.attend`; the log-sum-exp is 0 unless `with_lse`."""
         first = 0 if sinks is None else sinks.keys.shape[2]
         own, new_tokens = recent.keys.shape[2], query.shape[2]
         raw = slab.view(self.dtype)[table.on_device.reshape(-1)]
@@ -158,7 +159,7 @@ class ExactPages:
             mask = torch.ones((new_tokens, keys.shape[2]), dtype=torch.bool, device=query.device)
             mask = mask.tril(keys.shape[2] - new_tokens)
         mask = mask & present
-        if softcap is not None:
+        if softcap is not None or self.with_lse:
             return attend_exact(query, None, None, ExactTokens(keys, values), mask, scaling, softcap)
         # weight 0 times NaN is NaN, and rows that are not in use may hold anything
         values = torch.where(mask.any(dim=2)[..., None], values, 0.0)
@@ -170,9 +171,13 @@ class ExactPages:
 
 
 def page_codes_for(
-    config: CacheConfig | None, shape: LayerShape, dtype: torch.dtype, device: torch.device
+    config: CacheConfig | None,
+    shape: LayerShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    with_lse: bool = False,
 ) -> PageCodes:
     """The page codes of a layer; uncompressed where `config` is None."""
     if config is None:
-        return ExactPages(shape, dtype)
+        return ExactPages(shape, dtype, with_lse)
     return CodedPages(config, shape, dtype, device)

@@ -41,7 +41,7 @@ def page_bytes_of(settings: EngineSettings, shape: ModelShape) -> int:
 
 def _codes_of(settings: EngineSettings, shape: ModelShape) -> list[PageCodes]:
     return [
-        page_codes_for(settings.cache_of(index), layer, shape.dtype, shape.device)
+        page_codes_for(settings.cache_of(index), layer, shape.dtype, shape.device, shape.sink_logits)
         for index, layer in enumerate(shape.layers)
     ]
 
