@@ -1,0 +1,46 @@
+/* trellis.h: what the kernels know of a trellis codec, and the order of its codes inside a page.
+ *
+ * A row is a circle of head_dim * bits bits, row_bytes bytes; coordinate i is decoded from the window of
+ * L = bits + state_bits bits at bit i * bits (docs/format.md). Windows are found byte by byte:
+ *
+ *   coordinate i = 8 a + u   first byte  k = bits * a + (bits * u) / 8,   shift (bits * u) % 8,  then k + 1, k + 2
+ *   m (index of a level)     = A[u] byte k ^ B[u] byte k + 1 ^ C[u] byte k + 2           over GF(2)
+ *
+ * so that a page side holds byte k of many tokens beside each other:
+ *
+ *   keys     byte k of token 16 g + t     at 64 k + 16 (t / 4) + 4 g + t % 4
+ *
+ *            64 tokens of byte k: | g 0 t 0-3 | g 1 t 0-3 | g 2 t 0-3 | g 3 t 0-3 | g 0 t 4-7 | g 1 t 4-7 | ...
+ *            (interleaving four coordinates within 128-bit lanes then yields units of whole groups of 16 tokens)
+ *
+ *   values   byte k of token 8 h + v      at 8 (row_bytes h + k) + v
+ */
+#ifndef TQAI_TRELLIS_H
+#define TQAI_TRELLIS_H
+
+#include <stdint.h>
+
+#include "tqai.h"
+
+/* tqai_codec.tables of the kind TQAI_TRELLIS. */
+typedef struct {
+    int32_t state_bits;            /* 6 or 8 */
+    int32_t index_bits;            /* 6 or 7 */
+    float per_deviation;           /* sqrt(head_dim) / step: levels per coordinate of a unit vector */
+    const int8_t *levels;          /* [128], of which 2^index_bits are used */
+    const uint8_t *window_index;   /* [2^L]: m of every window */
+    const int8_t *window_levels;   /* [2^L + 8]: levels[m], and what may be read beyond */
+    const float *values;           /* [2^L]: the coordinate of every window */
+    const uint64_t *matrices;      /* [8 u][3]: A, B, C; byte 7 - j is row j */
+} tqai_trellis;
+
+static inline int tqai_trellis_row_bytes(const tqai_codec *codec) { return codec->head_dim * codec->bits / 8; }
+
+/* Where byte k of a token lies in the code part of its side. */
+static inline int tqai_trellis_place(int is_value, int row_bytes, int token, int k) {
+    if (is_value) return 8 * (row_bytes * (token / 8) + k) + token % 8;
+    const int g = token / 16, t = token % 16;
+    return 64 * k + 16 * (t / 4) + 4 * g + t % 4;
+}
+
+#endif

@@ -1,0 +1,128 @@
+"""Trellis codecs for the C kernels: the tables of `csrc/trellis.h`, and the order of bytes inside a page.
+
+Byte k of many tokens lie beside each other: of all 64 for keys, of 8 for values. Nothing else changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqai.core.codec import Codec
+from tqai.core.page import PAGE_TOKENS
+from tqai.core.trellis import TrellisCodec
+from tqai.core.trellis_code import TrellisCode
+
+__all__ = ["TrellisTables", "fill", "from_row_codes", "refusal", "to_row_codes", "trellis_tables"]
+
+MAX_HEAD_DIM = 256
+KIND = 1
+"""TQAI_TRELLIS of csrc/tqai.h."""
+LARGEST_LEVEL = 127
+SPREAD_BYTES = 3
+"""A window lies in at most so many bytes."""
+
+_pointer = ctypes.c_void_p
+
+
+class TrellisTables(ctypes.Structure):
+    """`tqai_trellis`."""
+
+    _fields_ = [
+        ("state_bits", ctypes.c_int32),
+        ("index_bits", ctypes.c_int32),
+        ("per_deviation", ctypes.c_float),
+        ("levels", _pointer),
+        ("window_index", _pointer),
+        ("window_levels", _pointer),
+        ("values", _pointer),
+        ("matrices", _pointer),
+    ]
+
+
+def refusal(codec: TrellisCodec) -> str | None:
+    """Why the kernels do not serve a trellis codec, in a few words; None if they do."""
+    head_dim = codec.spec.head_dim
+    if head_dim % 16 or head_dim > MAX_HEAD_DIM or head_dim // 16 % 4 == 3:
+        return f"head_dim {head_dim}: served are multiples of 16 up to 256 but for 64 n + 48"
+    return None
+
+
+def fill(struct: Any, codec: TrellisCodec, terms: int, arrays: list[Any]) -> None:
+    """Enter what only trellis codecs have into a `tqai_codec`. The levels are exact: no rounding is added.
+    What the structure points to is added to `arrays`; factors of levels are whole numbers, at most `terms`
+    of them in a sum."""
+    tables = trellis_tables(codec, arrays)
+    arrays.append(tables)
+    struct.level_step = struct.byte_step = codec.code.step / np.sqrt(codec.spec.head_dim)
+    struct.largest_sum = (2**31 - 1) / LARGEST_LEVEL - terms
+    struct.kind = KIND
+    struct.tables = ctypes.addressof(tables)
+
+
+def trellis_tables(codec: TrellisCodec, arrays: list[Any]) -> TrellisTables:
+    """The structure of a codec; the arrays that it points to are added to `arrays`."""
+
+    def keep(array: NDArray[Any], dtype: type[np.generic]) -> int:
+        kept = np.ascontiguousarray(array, dtype=dtype)
+        arrays.append(kept)
+        return int(kept.ctypes.data)
+
+    code = codec.code
+    windows = np.arange(1 << code.window_bits)
+    # the kernels read whole registers
+    levels = np.pad(code.levels, (0, 128 - len(code.levels)))
+    return TrellisTables(
+        state_bits=code.state_bits,
+        index_bits=len(code.rows),
+        per_deviation=float(np.sqrt(codec.spec.head_dim) / code.step),
+        levels=keep(levels, np.int8),
+        window_index=keep(code.mixed(windows), np.uint8),
+        window_levels=keep(np.pad(code.window_levels, (0, 8)), np.int8),
+        values=keep(codec.tables()["windows"], np.float32),
+        matrices=keep(byte_maps(code), np.uint64),
+    )
+
+
+def byte_maps(code: TrellisCode) -> NDArray[np.uint64]:
+    """uint64 `[8, 3]`: for coordinate 8 a + u, the matrices by which the bytes from bit `bits * u` on make
+    the index of its level. Byte 7 - j of a matrix is the mask of the byte's bits that bit j sums up.
+
+    >>> from tqai.core.trellis_code import trellis_code
+    >>> byte_maps(trellis_code(6, 2)).shape
+    (8, 3)
+    """
+    maps = np.zeros((8, SPREAD_BYTES), dtype=np.uint64)
+    for u in range(8):
+        for j, row in enumerate(code.rows):
+            spread = row << (code.bits * u % 8)
+            for i in range(SPREAD_BYTES):
+                maps[u, i] |= np.uint64((spread >> (8 * i) & 0xFF) << (8 * (7 - j)))
+    return maps
+
+
+@lru_cache(maxsize=16)
+def _places(row_bytes: int, is_value: bool) -> NDArray[np.intp]:
+    """Of byte k of a token, `[64, row_bytes]`, its place in the code part."""
+    token, k = np.arange(PAGE_TOKENS)[:, None], np.arange(row_bytes)
+    if is_value:
+        return np.asarray(8 * (row_bytes * (token // 8) + k) + token % 8, dtype=np.intp)
+    g, t = token // 16, token % 16
+    return np.asarray(64 * k + 16 * (t // 4) + 4 * g + t % 4, dtype=np.intp)
+
+
+def to_row_codes(raw: NDArray[np.uint8], codec: Codec, is_value: bool) -> NDArray[np.uint8]:
+    """Canonical codes uint8 `[..., 64, row_bytes]` of codes in the kernels' order, same shape."""
+    flat = raw.reshape(*raw.shape[:-2], -1)
+    return flat[..., _places(codec.row_bytes, is_value)]
+
+
+def from_row_codes(codes: NDArray[np.uint8], codec: Codec, is_value: bool) -> NDArray[np.uint8]:
+    """Inverse of `to_row_codes`."""
+    out = np.empty((*codes.shape[:-2], PAGE_TOKENS * codec.row_bytes), dtype=np.uint8)
+    out[..., _places(codec.row_bytes, is_value)] = codes
+    return out.reshape(codes.shape)
