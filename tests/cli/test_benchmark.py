@@ -70,3 +70,38 @@ def test_wrong_use_is_one_line(tqai_command, arguments):
     result = tqai_command("benchmark", *arguments)
     result.one_line()
     assert result.status == 2
+
+
+@pytest.mark.parametrize("n_vectors", [1, 700, 3000])
+def test_errors_are_of_as_many_vectors_as_asked(tqai_command, n_vectors):
+    """1024 are encoded for the timing: fewer are a part of them, more are drawn."""
+    arguments = ("benchmark", *FAST, "--n-vectors", str(n_vectors), "--json")
+    result = tqai_command(*arguments)
+    assert result.status == 0, result.err
+    assert result.json["n_vectors"] == n_vectors
+    keys = result.json["distortion"]["keys"]
+    assert keys["nmse"] == pytest.approx(0.00915, rel=0.5 if n_vectors == 1 else 0.03)
+    assert keys["cosine"] ** 2 == pytest.approx(1 - keys["nmse"], rel=1e-3)
+    every = tqai_command("benchmark", *FAST, "--json").json["distortion"]["keys"]
+    assert keys != every
+
+
+def test_all_configs(tqai_command):
+    from tqai.config import PRESETS
+
+    result = tqai_command("benchmark", *FAST, "--all-configs", "--json")
+    assert result.status == 0, result.err
+    assert list(result.json["configs"]) == list(PRESETS)
+    for name, (bits_k, bits_v) in PRESETS.items():
+        one = result.json["configs"][name]
+        assert (one["config"]["bits_k"], one["config"]["bits_v"]) == (bits_k, bits_v)
+        assert one["bits_per_value"] == pytest.approx((bits_k + bits_v) / 2 + 16 / 128)
+    table = tqai_command("benchmark", *FAST, "--all-configs").out
+    assert all(name in table for name in PRESETS)
+
+
+@pytest.mark.parametrize("arguments", [("--n-vectors", "0"), ("--all-configs", "--bits-k", "3")])
+def test_wrong_use_of_the_newer_options(tqai_command, arguments):
+    result = tqai_command("benchmark", *arguments)
+    result.one_line()
+    assert result.status == 2

@@ -32,6 +32,14 @@ def convert(
     bits_v: BitsV = None,
     sink_tokens: SinkTokens = None,
     residual_window: ResidualWindow = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="File of tqai calibrate; spends --bits-budget.", show_default="none"),
+    ] = None,
+    bits_budget: Annotated[
+        float | None, typer.Option(help="Bits per value, all-in, over the layers.", show_default="none")
+    ] = None,
+    offsets: Annotated[str, typer.Option(help="Offsets of keys and values: off, on or auto.")] = "off",
     seed: Annotated[int, typer.Option(help="Seed of the rotation.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -45,14 +53,20 @@ def convert(
         sink_tokens=sink_tokens,
         residual_window=residual_window,
         seed=seed,
+        bits_budget=bits_budget,
+        offsets=offsets,
     )
+    if calibration is not None and bits_budget is None:
+        raise CommandError("--calibration needs --bits-budget, the bits per value to spend", WRONG_USAGE)
     if not output:
         raise CommandError("--output is empty: a folder is wanted", WRONG_USAGE)
     loaded = load_model(model, device, dtype)
     import tqai
     from tqai.integrations.transformers.converted import SETTINGS_FILE
 
-    written = tqai.convert(loaded.model, output, loaded.tokenizer, source=loaded.name, config=settings)
+    written = tqai.convert(
+        loaded.model, output, loaded.tokenizer, source=loaded.name, config=settings, calibration=calibration
+    )
     if json:
         print_json({"model": loaded.name, "output": output, "settings": written.to_dict()})
         return

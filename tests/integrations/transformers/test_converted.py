@@ -250,3 +250,27 @@ def test_damaged_settings(tmp_path: Path, tiny: Tiny, content: str | None, words
         (tmp_path / "tqai_config.json").write_text(content)
     with pytest.raises(ConfigError, match=words):
         tqai.patch(tiny("llama"), config_path=tmp_path)
+
+
+@torch.no_grad()
+def test_calibration_and_offsets_lie_beside_it(tmp_path: Path) -> None:
+    from tqai.evaluation.calibrate import calibrate
+
+    model = build("llama")
+    measured = calibrate(model, prompt(200)[0], prefill_tokens=128)
+    measured.save(tmp_path / "measured.json")
+    given = {"bits_budget": 6.0, "budget_tokens": 1 << 20, "offsets": "auto"}
+    written = tqai.convert(model, tmp_path / "new", calibration=tmp_path / "measured.json", **given)
+    assert written.layer_bits is not None and written.bits_budget is None
+    assert (tmp_path / "new" / "calibration.json").read_text() == (tmp_path / "measured.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    cache = tqai.patch(loaded, config_path=tmp_path / "new")
+    assert cache.settings == written
+    loaded(prompt(200), past_key_values=cache)
+    formats = [layer.store.pool.page_format for layer in cache.layers]
+    assert [(f.key.spec.bits, f.value.spec.bits) for f in formats] == list(written.layer_bits)
+    assert cache.settings.offsets == "auto"
+    assert tqai.patch(loaded, config_path=tmp_path / "new", bits_v=8).settings.layer_bits is None
+    with pytest.raises(ConfigError, match="bits_budget"):
+        tqai.convert(loaded, tmp_path / "other", calibration=measured)
+    assert not (tmp_path / "other").exists()

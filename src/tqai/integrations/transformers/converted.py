@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import tqai
+from tqai.cache.calibration import Calibration
 from tqai.config import CacheConfig
 from tqai.errors import ConfigError, ModelMismatchError
+from tqai.integrations.transformers.bits import with_calibration
 from tqai.integrations.transformers.folding import fold_value_rotation, value_sample
+from tqai.integrations.transformers.saving import fingerprint
 
 __all__ = ["SETTINGS_FILE", "convert", "converted_settings"]
 
 SETTINGS_FILE = "tqai_config.json"
+CALIBRATION_FILE = "calibration.json"
 FORMAT, VERSION = "tqai-converted", 1
 LEFT_OPEN = ("backend", "device")
 SAMPLE_TOLERANCE = 0.02
@@ -32,6 +36,7 @@ def convert(
     *,
     source: str | None = None,
     config: CacheConfig | None = None,
+    calibration: str | PathLike[str] | Calibration | None = None,
     **settings: Any,
 ) -> CacheConfig:
     """Write `model` to `folder` with the rotation of its values folded into its weights.
@@ -45,7 +50,10 @@ def convert(
         folder: a new or empty folder, or one that holds an earlier conversion.
         tokenizer: saved beside it if given.
         source: name or path of the model, for the record.
-        config, settings: of the cache; see `CacheConfig`.
+        config, settings: of the cache; see `CacheConfig`. What they say of offsets goes with them; offsets
+            themselves are each sequence's own, and no part of a model.
+        calibration: what `tqai calibrate` wrote: with `bits_budget`, each layer gets the bits that it buys.
+            It is kept beside the settings.
 
     Returns:
         The settings as written: `rotation_v` is "identity".
@@ -54,7 +62,11 @@ def convert(
         ConfigError: the folder holds something else, or a setting is out of range or already "identity".
         UnsupportedError: a model whose values cannot be rotated in its weights; nothing is written then.
     """
-    chosen = (config or CacheConfig()).with_changes(**settings)
+    chosen = CacheConfig.from_dict({**(config or CacheConfig()).to_dict(), **settings})
+    if calibration is not None:
+        if not isinstance(calibration, Calibration):
+            calibration = Calibration.load(calibration)
+        chosen = with_calibration(chosen, calibration, fingerprint(model))
     kind = chosen.rotation_v or chosen.rotation
     if kind == "identity":
         raise ConfigError("rotation_v='identity': there is no rotation of values to fold into the weights")
@@ -63,7 +75,8 @@ def convert(
     fold_value_rotation(model, kind, chosen.seed)
     written = chosen.with_changes(rotation_v="identity", **dict.fromkeys(LEFT_OPEN))
     target.mkdir(parents=True, exist_ok=True)
-    (target / SETTINGS_FILE).unlink(missing_ok=True)
+    for earlier in (SETTINGS_FILE, CALIBRATION_FILE):
+        (target / earlier).unlink(missing_ok=True)
     model.save_pretrained(target)
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
@@ -79,6 +92,8 @@ def convert(
         "folded_value_rotation": kind,
         "value_weights": value_sample(model),
     }
+    if calibration is not None:
+        calibration.save(target / CALIBRATION_FILE)
     # last, so that a folder with settings is a whole one
     (target / SETTINGS_FILE).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return written

@@ -102,7 +102,10 @@ def patch(
             )
         given = {"config": config}
     elif config_path is not None:
-        given = {"config": converted_settings(config_path, model), **changed}
+        held = converted_settings(config_path, model)
+        if {"bits", "bits_k", "bits_v"} & set(changed):
+            held = held.with_changes(layer_bits=None)  # bits asked for go before those of a calibration
+        given = {"config": held, **changed}
     cache = TurboQuantCache(model, **given)
     model = _uncompiled(model)
     _unpatch_generate(model)
