@@ -24,10 +24,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import cache_option_tables  # noqa: E402
 import gpu_tables  # noqa: E402
 from option_tables import activations_table, qjl_table, solvers_table  # noqa: E402
 
-DOCUMENTS = ("README.md", "docs/performance-cpu.md", "docs/performance-gpu.md", "docs/quality-options.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/cache-options.md",
+    "docs/performance-cpu.md",
+    "docs/performance-gpu.md",
+    "docs/quality-options.md",
+)
 CLI = "docs/cli.md"
 PICTURE = "docs/images/demo.svg"
 
@@ -268,6 +275,10 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "gpu-roofline": gpu_tables.roofline_table,
     "gpu-encode": gpu_tables.encode_table,
     "gpu-generate": gpu_tables.generate_table,
+    "offsets-time": cache_option_tables.offsets_time_table,
+    "offsets-error": cache_option_tables.offsets_error_table,
+    "auto-bits": cache_option_tables.bits_table,
+    "balance": cache_option_tables.balance_table,
     "qjl": qjl_table,
     "solvers": solvers_table,
     "activations": activations_table,
