@@ -49,6 +49,9 @@ class ExactTokens(NamedTuple):
 class History:
     """The compressed tokens that one attention step reads: `pages` whole pages of every sequence.
 
+    Neither the pages nor the addresses of a history change as long as it is used: a backend that is given
+    the same object again may read them ahead of work that the stream has yet to finish.
+
     Attributes:
         page_format: sizes, codecs and offsets.
         slabs: uint8 arrays `[slab_pages, kv_heads, page_bytes]`; page ids number their rows through.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 
 import pytest
 
 from tqai.backends.cuda import compile as compiling
+from tqai.backends.cuda.params import CHANGING, Sizes
 from tqai.backends.cuda.plan import codec_macros
 from tqai.core.codec import CodecSpec, make_codec
 from tqai.core.page import PageFormat
@@ -70,7 +72,7 @@ def test_without_cuda_core_the_error_says_what_to_install(monkeypatch, tmp_path)
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize(
-    ("arch", "dim", "bits_k", "bits_v", "masked"), [("sm_80", 80, 3, 8, 1), ("sm_90", 128, 4, 2, 0)]
+    ("arch", "dim", "bits_k", "bits_v", "masked"), [("sm_80", 80, 3, 4, 1), ("sm_90", 128, 4, 2, 0)]
 )
 def test_sources_compile(tmp_path, arch, dim, bits_k, bits_v, masked):
     page_format = PageFormat(
@@ -82,7 +84,14 @@ def test_sources_compile(tmp_path, arch, dim, bits_k, bits_v, masked):
     other = [("attend_line.cu", attention)] if masked else [("encode.cu", macros), ("decode.cu", macros)]
     for name, given in (split, *other):
         file = tmp_path / name
-        file.write_text(compiling.source(name))
+        text = compiling.source(name)
+        if "struct Params {" in text:
+            # what the host packs is what the kernel reads
+            size = CHANGING.size + ctypes.sizeof(Sizes)
+            text += f'static_assert(sizeof(Params) == {size}, "size");\n'
+            text += f'static_assert(__builtin_offsetof(Params, pages) == {CHANGING.size}, "sizes");\n'
+            text += f'static_assert(__builtin_offsetof(Params, times256) == {size - 8}, "the last");\n'
+        file.write_text(text)
         command = [
             "nvcc",
             "-std=c++17",

@@ -16,6 +16,7 @@ from tqai.backends.cuda.plan import (
     quantizer_cells,
     refuse_format,
     rotation_plan,
+    split_count,
 )
 from tqai.core.codec import CodecSpec, make_codec
 from tqai.core.page import PageFormat
@@ -128,3 +129,22 @@ def test_rotation_plan_is_the_rotation(dim, rotation):
             back = (hadamard @ back) * signs
     np.testing.assert_allclose(got, x @ codec.rotation_matrix.T, atol=2e-6)
     np.testing.assert_allclose(back, x, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "segments", "items", "splits"),
+    [
+        (132, 8, 513, 16),
+        (132, 64, 2049, 2),
+        (132, 8, 65, 6),
+        (132, 1, 12, 1),
+        (132, 1, 0, 1),
+        (132, 132, 9, 1),
+        (132, 133, 9, None),
+        # 3 of each leave 12 of 132 idle: too many where there is much to do
+        (132, 40, 2049, None),
+        (132, 40, 64, 3),
+    ],
+)
+def test_split_count(multiprocessors, segments, items, splits):
+    assert split_count(multiprocessors, segments, items) == splits
