@@ -4,73 +4,69 @@
  * byte per code, `index` [head_dim][64], from and to the planes of layout.h.
  */
 
-static void plane_pack(int is_value, int dim, int bits, int shift, const uint8_t *restrict index,
+/* Where lane 0 of term 0 of a unit lies in `index`; the next lane is *lane and the next term *term further. */
+static inline const uint8_t *unit_at(int is_value, int dim, int terms, int unit, const uint8_t *index, int *lane,
+                                     int *term) {
+    if (!is_value) {
+        *lane = 1;
+        *term = 64;
+        return index + 64 * terms * (unit / 4) + 16 * (unit % 4);
+    }
+    const int whole = 256 / terms, chunk = unit / whole, groups = tqai_chunk_groups(dim, 64 * chunk);
+    *lane = 64;
+    *term = 1;
+    return index + 64 * (64 * chunk + 16 * (unit % whole % groups)) + terms * (unit % whole / groups);
+}
+
+/* A plane of codes: 32 / terms bits of a line hold one code each of 32 / terms / bits units. */
+static void plane_pack(int is_value, int dim, int terms, int bits, int shift, const uint8_t *restrict index,
                        uint8_t *restrict out) {
-    const int per_line = 16 / bits, lines = 2 * dim / per_line;
+    const int per_line = 32 / terms / bits, lines = 64 / 16 * dim / terms / per_line;
     const unsigned keep = (1u << bits) - 1u;
     for (int line = 0; line < lines; line++) {
-        uint16_t word[UNIT] = {0};
+        uint16_t word[64] = {0};
         for (int k = 0; k < per_line; k++) {
-            const int unit = line * per_line + k;
-            if (!is_value) {
-                const uint8_t *a = index + 64 * (unit / 4) * 2 + 16 * (unit % 4), *b = a + 64;
-                for (int t = 0; t < 16; t++) {
-                    word[2 * t] |= (uint16_t)(((unsigned)(a[t] >> shift) & keep) << (k * bits));
-                    word[2 * t + 1] |= (uint16_t)(((unsigned)(b[t] >> shift) & keep) << (k * bits));
-                }
-            } else {
-                const int chunk = unit / 128, groups = tqai_chunk_groups(dim, 64 * chunk);
-                const int pair = (unit % 128) / groups, group = (unit % 128) % groups;
-                const uint8_t *a = index + 64 * (64 * chunk + 16 * group) + 2 * pair;
-                for (int t = 0; t < 16; t++) {
-                    word[2 * t] |= (uint16_t)(((unsigned)(a[64 * t] >> shift) & keep) << (k * bits));
-                    word[2 * t + 1] |= (uint16_t)(((unsigned)(a[64 * t + 1] >> shift) & keep) << (k * bits));
-                }
+            int lane, term;
+            const uint8_t *restrict from = unit_at(is_value, dim, terms, line * per_line + k, index, &lane, &term);
+            for (int j = 0; j < terms; j++)
+                for (int t = 0; t < 16; t++)
+                    word[terms * t + j] |= (uint16_t)(((unsigned)(from[lane * t + term * j] >> shift) & keep) << (k * bits));
+        }
+        if (terms == 4)
+            for (int e = 0; e < 64; e++) out[LINE_BYTES * line + e] = (uint8_t)word[e];
+        else
+            for (int e = 0; e < 32; e++) {
+                out[LINE_BYTES * line + 2 * e] = (uint8_t)word[e];
+                out[LINE_BYTES * line + 2 * e + 1] = (uint8_t)(word[e] >> 8);
             }
-        }
-        for (int e = 0; e < UNIT; e++) {
-            out[LINE_BYTES * line + 2 * e] = (uint8_t)word[e];
-            out[LINE_BYTES * line + 2 * e + 1] = (uint8_t)(word[e] >> 8);
-        }
     }
 }
 
-static void plane_unpack(int is_value, int dim, int bits, int shift, const uint8_t *restrict in,
+static void plane_unpack(int is_value, int dim, int terms, int bits, int shift, const uint8_t *restrict in,
                          uint8_t *restrict index) {
-    const int per_line = 16 / bits, units = 2 * dim;
+    const int per_line = 32 / terms / bits, units = 64 / 16 * dim / terms;
     const unsigned keep = (1u << bits) - 1u;
     for (int unit = 0; unit < units; unit++) {
+        int lane, term;
+        uint8_t *restrict to = (uint8_t *)unit_at(is_value, dim, terms, unit, index, &lane, &term);
         const uint8_t *line = in + LINE_BYTES * (unit / per_line);
-        const int down = (unit % per_line) * bits;
-        uint8_t *a, *b;
-        int step;
-        if (!is_value) {
-            a = index + 64 * (unit / 4) * 2 + 16 * (unit % 4);
-            b = a + 64;
-            step = 1;
-        } else {
-            const int chunk = unit / 128, groups = tqai_chunk_groups(dim, 64 * chunk);
-            const int pair = (unit % 128) / groups, group = (unit % 128) % groups;
-            a = index + 64 * (64 * chunk + 16 * group) + 2 * pair;
-            b = a + 1;
-            step = 64;
-        }
-        for (int t = 0; t < 16; t++) {
-            const unsigned first = line[4 * t] | (unsigned)line[4 * t + 1] << 8;
-            const unsigned second = line[4 * t + 2] | (unsigned)line[4 * t + 3] << 8;
-            a[step * t] |= (uint8_t)(((first >> down) & keep) << shift);
-            b[step * t] |= (uint8_t)(((second >> down) & keep) << shift);
-        }
+        const int down = unit % per_line * bits;
+        for (int j = 0; j < terms; j++)
+            for (int t = 0; t < 16; t++) {
+                const int e = terms * t + j;
+                const unsigned word = terms == 4 ? line[e] : line[2 * e] | (unsigned)line[2 * e + 1] << 8;
+                to[lane * t + term * j] |= (uint8_t)(((word >> down) & keep) << shift);
+            }
     }
 }
 
 static void pack_page(const tqai_codec *codec, int is_value, const uint8_t *index, uint8_t *codes) {
     const int dim = codec->head_dim;
     if (codec->bits == 3) {
-        plane_pack(is_value, dim, 2, 0, index, codes);
-        plane_pack(is_value, dim, 1, 2, index, codes + tqai_high_plane_at(dim));
+        plane_pack(is_value, dim, 2, 2, 0, index, codes);
+        plane_pack(is_value, dim, 2, 1, 2, index, codes + tqai_high_plane_at(dim));
     } else {
-        plane_pack(is_value, dim, codec->bits, 0, index, codes);
+        plane_pack(is_value, dim, tqai_terms(codec->bits), codec->bits, 0, index, codes);
     }
 }
 
@@ -78,10 +74,10 @@ static void unpack_page(const tqai_codec *codec, int is_value, const uint8_t *co
     const int dim = codec->head_dim;
     memset(index, 0, (size_t)64 * (size_t)dim);
     if (codec->bits == 3) {
-        plane_unpack(is_value, dim, 2, 0, codes, index);
-        plane_unpack(is_value, dim, 1, 2, codes + tqai_high_plane_at(dim), index);
+        plane_unpack(is_value, dim, 2, 2, 0, codes, index);
+        plane_unpack(is_value, dim, 2, 1, 2, codes + tqai_high_plane_at(dim), index);
     } else {
-        plane_unpack(is_value, dim, codec->bits, 0, codes, index);
+        plane_unpack(is_value, dim, tqai_terms(codec->bits), codec->bits, 0, codes, index);
     }
 }
 

@@ -1,14 +1,14 @@
 /* generic.inc.h: the integer sums for instruction sets without a 16-bit table lookup across a register.
  * A page side is first unpacked to int16 levels in a buffer that stays in the first-level cache, once
  * for all query rows. The includer defines:
- *   load_levels(codec, codes, level)                      level [2 * head_dim units][32] of a page side
+ *   load_levels(codec, is_value, codes, level)            level [2 * head_dim units][32] of a page side
  *   keys_group(level, q, rows, dim, group, dots)          dots of the 16 tokens of a group
  *   values_column(units, stride, w, rows, dim, out)       out [rows][16 dims] += sums over 32 units
  */
 
 /* Levels of a page side, by the codec's own steps or as scalar codes. */
 static void unpack_levels(const tqai_codec *codec, int is_value, const uint8_t *codes, int16_t *level) {
-    if (codec->kind == TQAI_SCALAR) load_levels(codec, codes, level);
+    if (codec->kind == TQAI_SCALAR) load_levels(codec, is_value, codes, level);
     else KERNELS.steps[codec->kind]->unpack(codec, is_value, codes, level);
 }
 
@@ -18,20 +18,22 @@ static inline void prefetch(const tqai_codec *codec, const uint8_t *codes, int p
     for (int i = lines * part / parts; i < lines * (part + 1) / parts; i++) __builtin_prefetch(codes + LINE_BYTES * i, 0, 2);
 }
 
-static void key_dots(const tqai_codec *codec, const uint8_t *codes, const uint8_t *next, const int16_t *q, int rows,
-                     int32_t *dots) {
+static void key_dots_unpacked(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next,
+                              int pages, const int16_t *q, int rows, int32_t *dots) {
     _Alignas(64) int16_t level[2 * TQAI_MAX_HEAD_DIM * UNIT];
-    unpack_levels(codec, 0, codes, level);
-    for (int group = 0; group < 4; group++) {
-        prefetch(codec, next, group, 4);
-        if (rows == 1) keys_group(level, q, 1, codec->head_dim, group, dots);
-        else if (rows == 2) keys_group(level, q, 2, codec->head_dim, group, dots);
-        else keys_group(level, q, 4, codec->head_dim, group, dots);
+    for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
+        unpack_levels(codec, 0, codes[page], level);
+        for (int group = 0; group < 4; group++) {
+            prefetch(codec, next[page], group, 4);
+            if (rows == 1) keys_group(level, q, 1, codec->head_dim, group, dots);
+            else if (rows == 2) keys_group(level, q, 2, codec->head_dim, group, dots);
+            else keys_group(level, q, 4, codec->head_dim, group, dots);
+        }
     }
 }
 
-static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
-                       const int16_t *w, const float *step, int rows, float *acc) {
+static void value_sums_unpacked(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next,
+                                int pages, const int16_t *w, const float *step, int rows, float *acc) {
     const int dim = codec->head_dim;
     _Alignas(64) int16_t level[2 * TQAI_MAX_HEAD_DIM * UNIT];
     _Alignas(64) int32_t sums[MAX_ROWS * TQAI_MAX_HEAD_DIM];

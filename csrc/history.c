@@ -52,8 +52,7 @@ static void head_block(const job *j, const place *at, const uint8_t *const *page
         rows = tqai_block_rows(j->rows - r);
         const size_t query = (size_t)at->pair * (size_t)j->rows + (size_t)r, row = at->first_row + (size_t)r;
         const int16_t *q = j->q + query * (size_t)f->key.head_dim;
-        for (int p = 0; p < pages; p++)
-            j->kernels->key_dots(&f->key, page[p], next[p], q, rows, dots + TQAI_PAGE_TOKENS * p);
+        j->kernels->key_dots(&f->key, page, next, pages, q, rows, dots);
         block_mask mask = {.stride = a->mask_strides[3], .first = first};
         for (int i = 0; i < rows; i++) mask.row[i] = tqai_mask_at(j, at, r + i, column);
         float *acc = j->acc + row * (size_t)f->value.head_dim;

@@ -7,6 +7,8 @@
 
 #define BLOCK_PAGES 8 /* pages that share one softmax maximum and one integer scale of the weights */
 #define BLOCK_TOKENS (BLOCK_PAGES * TQAI_PAGE_TOKENS)
+#define KEY_FACTOR_OF_BYTES 1904
+#define WEIGHT_OF_BYTES 3825
 #define MAX_ROWS 4 /* query rows that one kernel call takes: 1, 2 or 4 */
 /* Values are summed as value * 2^-24, so that a sum over 2^24 of the largest floats stays finite. */
 #define VALUE_DOWN 5.9604644775390625e-08f
@@ -45,12 +47,15 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    /* dots[r * BLOCK_TOKENS + t] = sum over d of q[r * head_dim + d] * level(key t, dim d); 64 tokens.
-     * `next` (any address): codes to come are prefetched from there, byte for byte as codes are read. */
-    void (*key_dots)(const tqai_codec *codec, const uint8_t *codes, const uint8_t *next, const int16_t *q, int rows,
-                     int32_t *dots);
+    /* Whether sides of that codec are multiplied as bytes (byte_levels, byte_step) and not as 16-bit levels;
+     * queries are then whole numbers within +-KEY_FACTOR_OF_BYTES, weights within +-WEIGHT_OF_BYTES. */
+    int (*of_bytes)(const tqai_codec *codec);
+    /* dots[r * BLOCK_TOKENS + 64 page + t] = sum over d of q[r * head_dim + d] * level(key t, dim d).
+     * `next` (any addresses): codes to come are prefetched from there, byte for byte as codes are read. */
+    void (*key_dots)(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
+                     const int16_t *q, int rows, int32_t *dots);
     /* acc[r * head_dim + d] += step[r] * sum over pages, t of w[r * BLOCK_TOKENS + 64 page + t] * level;
-     * `next` as for key_dots, one address per page */
+     * `next` as for key_dots */
     void (*value_sums)(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
                        const int16_t *w, const float *step, int rows, float *acc);
     /* Logits, maximum, weights of one block of `tokens` (a multiple of 64). Turns dots into int16 weights

@@ -8,7 +8,8 @@
  *                                   has 4, and the bit above it does not matter
  *                          vpdpwssd lane t += q[2p] * level(t, 2p) + q[2p+1] * level(t, 2p+1)
  *
- * 2 and 3 bits likewise, with the table repeated 8 and 4 times; 8 bits look up four times in 64 levels.
+ * 3 bits likewise, with the table repeated 4 times; 8 bits look up four times in 64 levels; 2 bits are products
+ * of bytes (bytes_avx512.inc.h).
  * The lookups run beside the products on other ports, so that unpacking is all but free at four rows.
  */
 #include <float.h>
@@ -19,6 +20,10 @@
 #include "layout.h"
 
 #include "vec_avx512.h"
+
+/* 2-bit levels are exact enough as bytes (bytes_avx512.inc.h). */
+static inline int of_bytes(const tqai_codec *codec) { return codec->kind == TQAI_SCALAR && codec->bits == 2; }
+
 #include "convert.inc.h"
 #include "rotate.inc.h"
 #include "codes.inc.h"
@@ -30,7 +35,7 @@
 #define UNPACKED 16 /* "bits" of a side that a codec's own steps have unpacked to 16-bit levels (isa.h) */
 
 typedef struct {
-    __m512i part[8]; /* one table of 32 levels (2 to 4 bits) or eight of them (8 bits) */
+    __m512i part[8]; /* one table of 32 levels (3 and 4 bits) or eight of them (8 bits) */
 } levels;
 
 INLINE levels load_levels(const tqai_codec *codec, int bits) {
@@ -39,9 +44,9 @@ INLINE levels load_levels(const tqai_codec *codec, int bits) {
     if (bits == 8) {
         for (int i = 0; i < 8; i++) out.part[i] = _mm512_loadu_si512(codec->levels + 32 * i);
     } else {
-        int16_t word[32];
-        for (int i = 0; i < 32; i++) word[i] = codec->levels[i & ((1 << bits) - 1)];
-        out.part[0] = _mm512_loadu_si512(word);
+        const __m256i sixteen = bits == 4 ? _mm256_loadu_si256((const __m256i *)codec->levels)
+                                          : _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codec->levels));
+        out.part[0] = _mm512_broadcast_i64x4(sixteen);
     }
     return out;
 }
@@ -186,7 +191,9 @@ INLINE void value_sums_of(const tqai_codec *codec, int bits, const uint8_t *cons
         value_sums_of(c, bits, p, next, pages, w, step, rows, acc);                                             \
     }
 #define ALL_ROWS(bits) SPECIAL(bits, 1) SPECIAL(bits, 2) SPECIAL(bits, 4)
-ALL_ROWS(2) ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8) ALL_ROWS(16)
+ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8) ALL_ROWS(16)
+
+#include "bytes_avx512.inc.h"
 
 #define BY_ROWS(name, bits, ...)                       \
     do {                                               \
@@ -196,7 +203,6 @@ ALL_ROWS(2) ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8) ALL_ROWS(16)
     } while (0)
 #define BY_BITS(name, bits, ...)                        \
     switch (bits) {                                   \
-        case 2: BY_ROWS(name, 2, __VA_ARGS__); break;   \
         case 3: BY_ROWS(name, 3, __VA_ARGS__); break;   \
         case 4: BY_ROWS(name, 4, __VA_ARGS__); break;   \
         default: BY_ROWS(name, 8, __VA_ARGS__); break;  \
@@ -209,20 +215,34 @@ static void prefetch_side(const tqai_codec *codec, const uint8_t *codes) {
     for (int i = 0; i < 8 * codec->head_dim * codec->bits; i += LINE_BYTES) _mm_prefetch((const char *)codes + i, _MM_HINT_T1);
 }
 
-static void key_dots(const tqai_codec *codec, const uint8_t *codes, const uint8_t *next, const int16_t *q, int rows,
-                     int32_t *dots) {
-    if (codec->kind != TQAI_SCALAR) {
-        _Alignas(64) int16_t level[2 * TQAI_MAX_HEAD_DIM * UNIT];
-        KERNELS.steps[codec->kind]->unpack(codec, 0, codes, level);
-        prefetch_side(codec, next);
-        BY_ROWS(keys, 16, codec, (const uint8_t *)level, (const uint8_t *)level, q, dots);
+static void key_dots(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
+                     const int16_t *q, int rows, int32_t *dots) {
+    if (of_bytes(codec)) {
+        BY_ROWS(keys, bytes, codec, codes, next, pages, q, dots);
         return;
     }
-    BY_BITS(keys, codec->bits, codec, codes, next, q, dots)
+    for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
+        if (codec->kind == TQAI_SCALAR) {
+            BY_BITS(keys, codec->bits, codec, codes[page], next[page], q, dots)
+        } else {
+            _Alignas(64) int16_t level[2 * TQAI_MAX_HEAD_DIM * UNIT];
+            KERNELS.steps[codec->kind]->unpack(codec, 0, codes[page], level);
+            prefetch_side(codec, next[page]);
+            BY_ROWS(keys, 16, codec, (const uint8_t *)level, (const uint8_t *)level, q, dots);
+        }
+    }
 }
+
+static void values_of_both_signs(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next,
+                                 int pages, const int16_t *w, const float *step, int rows, float *acc);
 
 static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
                        const int16_t *w, const float *step, int rows, float *acc) {
+    if (of_bytes(codec)) {
+        if (any_below_zero(w, TQAI_PAGE_TOKENS * pages, rows)) values_of_both_signs(codec, codes, next, pages, w, step, rows, acc);
+        else BY_ROWS(values, bytes, codec, codes, next, pages, w, step, acc);
+        return;
+    }
     if (codec->kind != TQAI_SCALAR) {
         _Alignas(64) int16_t level[2 * TQAI_MAX_HEAD_DIM * UNIT];
         const uint8_t *const unpacked = (const uint8_t *)level;
@@ -236,4 +256,21 @@ static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, con
     BY_BITS(values, codec->bits, codec, codes, next, pages, w, step, acc)
 }
 
+/* A scale below 0 makes weights below 0, which bytes without a sign cannot say: the two kinds apart. */
+static void values_of_both_signs(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next,
+                                 int pages, const int16_t *w, const float *step, int rows, float *acc) {
+    int16_t part[MAX_ROWS * BLOCK_TOKENS] = {0};
+    float to[MAX_ROWS];
+    for (int sign = 1; sign >= -1; sign -= 2) {
+        for (int r = 0; r < rows; r++) {
+            to[r] = step[r] * (float)sign;
+            for (int t = r * BLOCK_TOKENS; t < r * BLOCK_TOKENS + TQAI_PAGE_TOKENS * pages; t++)
+                part[t] = (int16_t)(w[t] * sign > 0 ? w[t] * sign : 0);
+        }
+        value_sums(codec, codes, next, pages, part, to, rows, acc);
+    }
+}
+
+#define KEY_DOTS key_dots
+#define VALUE_SUMS value_sums
 #include "table.inc.h"

@@ -13,6 +13,8 @@
 #include "layout.h"
 
 #include "vec_neon.h"
+static inline int of_bytes(const tqai_codec *codec) { return (void)codec, 0; }
+
 #include "convert.inc.h"
 #include "rotate.inc.h"
 #include "codes.inc.h"
@@ -29,7 +31,7 @@ INLINE void store_two(uint8x16x2_t table, uint16x8_t index, int16_t *of_low, int
     vst1q_s16(of_high, vreinterpretq_s16_u8(vtrn2q_u8(low, high)));
 }
 
-static void load_levels(const tqai_codec *codec, const uint8_t *codes, int16_t *restrict level) {
+static void load_levels(const tqai_codec *codec, int is_value, const uint8_t *codes, int16_t *restrict level) {
     const int bits = codec->bits, per_line = bits == 3 ? 8 : 16 / bits, lines = 2 * codec->head_dim / per_line;
     const uint8_t *high = codes + tqai_high_plane_at(codec->head_dim);
     if (bits == 8) {
@@ -44,6 +46,22 @@ static void load_levels(const tqai_codec *codec, const uint8_t *codes, int16_t *
         bytes[1][i] = (uint8_t)(one >> 8);
     }
     const uint8x16x2_t table = {{vld1q_u8(bytes[0]), vld1q_u8(bytes[1])}};
+    if (bits == 2) { /* terms 0, 1 of four lanes to the lower half of the index, terms 2, 3 to the upper */
+        static const uint8_t by_terms[16] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
+        const uint8x16_t order = vld1q_u8(by_terms);
+        for (int unit = 0; unit < codec->head_dim; unit++) {
+            int first, second;
+            tqai_halves(is_value, codec->head_dim, unit, &first, &second);
+            for (int quarter = 0; quarter < 4; quarter++) {
+                const uint8x16_t line = vqtbl1q_u8(vld1q_u8(codes + LINE_BYTES * (unit / 4) + 16 * quarter), order);
+                const uint8x16_t index = vandq_u8(vshlq_u8(line, vdupq_n_s8((int8_t)(-2 * (unit % 4)))), vdupq_n_u8(3));
+                const uint8x16_t low = vqtbl1q_u8(table.val[0], index), high = vqtbl1q_u8(table.val[1], index);
+                vst1q_s16(level + UNIT * first + 8 * quarter, vreinterpretq_s16_u8(vzip1q_u8(low, high)));
+                vst1q_s16(level + UNIT * second + 8 * quarter, vreinterpretq_s16_u8(vzip2q_u8(low, high)));
+            }
+        }
+        return;
+    }
     for (int line = 0; line < lines; line++)
         for (int quarter = 0; quarter < 4; quarter++) {
             const uint16x8_t word = vreinterpretq_u16_u8(vld1q_u8(codes + LINE_BYTES * line + 16 * quarter));
@@ -112,4 +130,6 @@ INLINE void values_column(const int16_t *units, int stride, const int16_t *w, in
 #define KERNELS tqai_kernels_neon
 #define KERNELS_NAME "neon"
 #include "generic.inc.h"
+#define KEY_DOTS key_dots_unpacked
+#define VALUE_SUMS value_sums_unpacked
 #include "table.inc.h"

@@ -6,13 +6,26 @@
 #include "layout.h"
 
 #include "vec_scalar.h"
+static inline int of_bytes(const tqai_codec *codec) { return (void)codec, 0; }
+
 #include "convert.inc.h"
 #include "rotate.inc.h"
 #include "codes.inc.h"
 #include "softmax.inc.h"
 #include "exact.inc.h"
 
-static void load_levels(const tqai_codec *codec, const uint8_t *codes, int16_t *restrict level) {
+static void load_levels(const tqai_codec *codec, int is_value, const uint8_t *codes, int16_t *restrict level) {
+    if (codec->bits == 2) {
+        for (int unit = 0; unit < codec->head_dim; unit++) {
+            int half[2];
+            tqai_halves(is_value, codec->head_dim, unit, half, half + 1);
+            for (int e = 0; e < 64; e++) {
+                const unsigned code = codes[LINE_BYTES * (unit / 4) + e] >> (2 * (unit % 4)) & 3u;
+                level[UNIT * half[e / 2 % 2] + 2 * (e / 4) + e % 2] = codec->levels[code];
+            }
+        }
+        return;
+    }
     const int bits = codec->bits == 3 ? 2 : codec->bits, per_line = 16 / bits, units = 2 * codec->head_dim;
     const uint8_t *high = codes + tqai_high_plane_at(codec->head_dim);
     for (int unit = 0; unit < units; unit++) {
@@ -55,4 +68,6 @@ static void values_column(const int16_t *restrict units, int stride, const int16
 #define KERNELS tqai_kernels_scalar
 #define KERNELS_NAME "scalar"
 #include "generic.inc.h"
+#define KEY_DOTS key_dots_unpacked
+#define VALUE_SUMS value_sums_unpacked
 #include "table.inc.h"

@@ -21,13 +21,22 @@
  *     bits 12..15  token group 3  tok 48 ...
  *
  * Codes of 3 bits are two planes: first the low two bits of all units, then the high bit of all units.
+ *
+ * Codes of 2 bits have levels that 8-bit numbers hold exactly, so they lie for products of bytes, four terms a
+ * lane: units of 64 codes = 16 lanes x 4 terms, in lines of 64 bytes, byte e = 4 t + j holding code e of 4 units:
+ *
+ *   keys     unit u = 4 * p + g        lane t, term j:  token 16 g + t,        dim 4 p + j
+ *   values   unit u = 64 * c + n * p + g                token 4 p + j,         dim 64 c + 16 g + t
+ *
+ *   bit       7 6        5 4        3 2        1 0
+ *   byte e  | unit 4l+3 | unit 4l+2 | unit 4l+1 | unit 4l |
  */
 #ifndef TQAI_LAYOUT_H
 #define TQAI_LAYOUT_H
 
 #include <stdint.h>
 
-#define UNIT 32 /* codes of a unit */
+#define UNIT 32 /* codes of a unit of two terms */
 #define LINE_BYTES 64
 
 /* Bytes of the plane of low two bits, after which the plane of high bits of 3-bit codes begins. */
@@ -39,17 +48,15 @@ static inline int tqai_chunk_groups(int head_dim, int dim) {
     return groups > 4 ? 4 : groups;
 }
 
-/* Unit and element of (token, dim) of a key or a value. */
-static inline void tqai_place(int is_value, int head_dim, int token, int dim, int *unit, int *element) {
-    if (!is_value) {
-        *unit = 4 * (dim / 2) + token / 16;
-        *element = 2 * (token % 16) + dim % 2;
-    } else {
-        int chunk = dim / 64, groups = tqai_chunk_groups(head_dim, 64 * chunk);
-        *unit = 128 * chunk + groups * (token / 2) + (dim % 64) / 16;
-        *element = 2 * (dim % 16) + token % 2;
-    }
+/* A unit of 64 codes (2 bits) as the two units of two terms that hold its terms 0, 1 and 2, 3. */
+static inline void tqai_halves(int is_value, int head_dim, int unit, int *first, int *second) {
+    const int groups = is_value ? tqai_chunk_groups(head_dim, unit / 64 * 64) : 4;
+    *first = 2 * unit - (is_value ? unit % 64 : unit) % groups;
+    *second = *first + groups;
 }
+
+/* Terms of a lane. */
+static inline int tqai_terms(int bits) { return bits == 2 ? 4 : 2; }
 
 static inline int tqai_served_dim(int head_dim) {
     return head_dim >= 16 && head_dim <= 256 && head_dim % 16 == 0 && (head_dim / 16) % 4 != 3;

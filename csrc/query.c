@@ -28,7 +28,7 @@ const uint8_t *tqai_mask_at(const job *j, const place *at, int row, int64_t colu
                       row % a->new_tokens * a->mask_strides[2] + column * a->mask_strides[3]);
 }
 
-/* Rotate the queries and round them to int16, so finely that an int32 holds every dot product. */
+/* Rotate the queries and round them to whole numbers, so finely that an int32 holds every dot product. */
 static void rotate(const job *j, const place *at) {
     const tqai_codec *key = &j->args->format->key;
     const int dim = key->head_dim;
@@ -57,9 +57,10 @@ static void rotate(const job *j, const place *at) {
                 *factor = total < INFINITY ? 0.0f : NAN;
                 continue;
             }
-            const float up = fminf(32767.0f / most, key->largest_sum / total);
+            const int of_bytes = j->kernels->of_bytes(key);
+            const float up = of_bytes ? KEY_FACTOR_OF_BYTES / most : fminf(32767.0f / most, key->largest_sum / total);
             for (int d = 0; d < dim; d++) q[d] = (int16_t)lrintf(x[lanes * d + l] * up);
-            *factor = key->level_step / up;
+            *factor = (of_bytes ? key->byte_step : key->level_step) / up;
         }
     }
 }

@@ -1,19 +1,21 @@
 /* softmax.inc.h: from integer dots to integer weights; included by each ISA's file after its vec_*.h. */
 
-/* e^x for x <= 0 to 2e-7 relative; 0 below -87 and for -inf; NaN for NaN. */
-static inline vf exp_below(vf x) {
-    const vf magic = v_set(12582912.0f), limit = v_set(-87.0f); /* 1.5 * 2^23: adding it rounds */
-    const vf clamped = v_max_or_nan(limit, x);
-    const vf shifted = v_fma(clamped, v_set(1.44269504f), magic), n = v_sub(shifted, magic);
-    const vf f = v_fma(n, v_set(-1.42860677e-6f), v_fma(n, v_set(-0.693145752f), clamped));
-    vf p = v_fma(v_set(1.98756915e-4f), f, v_set(1.39819994e-3f));
-    p = v_fma(p, f, v_set(8.33345205e-3f));
-    p = v_fma(p, f, v_set(4.16657962e-2f));
-    p = v_fma(p, f, v_set(1.66666657e-1f));
-    p = v_fma(p, f, v_set(0.5f));
-    p = v_add(v_fma(p, v_mul(f, f), f), v_set(1.0f));
-    return v_zero_below(v_mul(p, v_power(shifted)), x, limit);
+#define LOG2_E 1.44269504f
+
+/* 2^x for x <= 0 to 2e-7 relative; 0 below -126 and for -inf; NaN for NaN. */
+static inline vf exp2_below(vf x) {
+    const vf limit = v_set(-126.0f), clamped = v_max_or_nan(limit, x), whole = v_whole(clamped);
+    const vf f = v_sub(clamped, v_from_whole(whole)); /* within 0.5 */
+    vf p = v_fma(v_set(1.32669753e-3f), f, v_set(9.67546459e-3f));
+    p = v_fma(p, f, v_set(5.55074252e-2f));
+    p = v_fma(p, f, v_set(2.40221217e-1f));
+    p = v_fma(p, f, v_set(6.93146944e-1f));
+    p = v_fma(p, f, v_set(1.0f));
+    return v_zero_below(v_times_power(p, whole), x, limit);
 }
+
+/* e^x for x <= 0, likewise, to 2e-7 * (1 + |x|) relative. */
+static inline vf exp_below(vf x) { return exp2_below(v_mul(x, v_set(LOG2_E))); }
 
 static inline float exp_below_one(float x) {
     float lane[VL];
@@ -64,29 +66,46 @@ static inline int move_maximum(const float *logit, int tokens, float block, int 
     return 0;
 }
 
-/* One row of softmax_block (isa.h): logit is scratch. */
+/* No weight of this block counts: no step, and NaN where a NaN is in sight. */
+static inline void no_weights(int16_t *w, int tokens, int is_nan, int value_dim, float *restrict acc) {
+    memset(w, 0, sizeof *w * (size_t)tokens);
+    if (is_nan)
+        for (int d = 0; d < value_dim; d++) acc[d] = NAN;
+}
+
+/* One row of softmax_block (isa.h): logit is scratch. It holds logits divided by `by` where neither a mask nor
+ * a softcap needs them, as the exponential's argument is a fused multiply-add anyway. */
 static inline void softmax_row(const int32_t *dot, float by, const float *key_scale, const float *value_scale,
                                const tqai_codec *value, const block_mask *mask, int r, float softcap, int tokens,
                                row_state *state, float *restrict acc, int16_t *w, float *step, float *logit) {
     *step = 0.0f;
     vf most = v_set(-INFINITY), sum = v_set(0.0f), total = sum, largest = sum;
     for (int t = 0; t < tokens; t += VL) {
-        const vf x = v_mul(v_from_int(dot + t), v_mul(v_set(by), v_load(key_scale + t)));
+        const vf x = v_mul(v_from_int(dot + t), v_load(key_scale + t));
         most = v_max(most, x);
         v_store(logit + t, x);
     }
-    float block = v_largest(most);
-    if (mask || softcap > 0.0f) {
+    float block = v_largest(most) * by;
+    if (mask || softcap > 0.0f || by != by) {
+        for (int t = 0; t < tokens; t += VL) v_store(logit + t, v_mul(v_load(logit + t), v_set(by)));
+        by = 1.0f;
         if (softcap > 0.0f) soft_cap(logit, tokens, softcap);
         if (mask) hide(mask, r, tokens, logit);
         block = largest_logit(logit, tokens);
     }
     if (!move_maximum(logit, tokens, block, value->head_dim, state, acc)) {
-        memset(w, 0, sizeof *w * (size_t)tokens);
+        no_weights(w, tokens, 0, value->head_dim, acc);
         return;
     }
+    float from = state->max;
+    if (!(fabsf(from) < 1000.0f)) { /* there the rounding of a product would show: subtract first */
+        for (int t = 0; t < tokens; t += VL) v_store(logit + t, v_sub(v_mul(v_load(logit + t), v_set(by)), v_set(from)));
+        by = 1.0f;
+        from = 0.0f;
+    }
+    const vf slope = v_set(by * LOG2_E), shift = v_set(-from * LOG2_E);
     for (int t = 0; t < tokens; t += VL) {
-        const vf p = exp_below(v_sub(v_load(logit + t), v_set(state->max)));
+        const vf p = exp2_below(v_fma(v_load(logit + t), slope, shift));
         const vf x = v_zero_if_zero(v_mul(p, v_load(value_scale + t)), p); /* a hidden scale may be NaN */
         const vf magnitude = v_abs(x);
         sum = v_add(sum, p);
@@ -96,18 +115,19 @@ static inline void softmax_row(const int32_t *dot, float by, const float *key_sc
     }
     state->sum += v_sum(sum);
     const float all = v_sum(total), one = v_largest(largest);
-    if (!(all < INFINITY)) /* a NaN in sight: the row is NaN, and no integer can say so */
-        for (int d = 0; d < value->head_dim; d++) acc[d] = NAN;
-    if (!(all < INFINITY) || one < 0x1p-126f) { /* or below what a float holds exactly */
-        memset(w, 0, sizeof *w * (size_t)tokens);
+    if (!(all < INFINITY) || one < 0x1p-126f) { /* NaN, which no integer can say, or not a normal float */
+        no_weights(w, tokens, !(all < INFINITY), value->head_dim, acc);
         return;
     }
     const float lift = one < 0x1p-60f ? 0x1p60f : 1.0f; /* lest 32767 / one overflow */
-    const float a = 32767.0f / (one * lift), b = value->largest_sum / (all * lift), up = a < b ? a : b;
-    *step = value->level_step / up / lift;
+    const int bytes = of_bytes(value);
+    const float a = (bytes ? WEIGHT_OF_BYTES : 32767.0f) / (one * lift), b = value->largest_sum / (all * lift);
+    const float up = bytes || a < b ? a : b;
+    *step = (bytes ? value->byte_step : value->level_step) / up / lift;
+    if (lift != 1.0f)
+        for (int t = 0; t < tokens; t += VL) v_store(logit + t, v_mul(v_load(logit + t), v_set(lift)));
     for (int t = 0; t < tokens; t += 2 * VL)
-        v_store_int16(w + t, v_mul(v_mul(v_load(logit + t), v_set(lift)), v_set(up)),
-                      v_mul(v_mul(v_load(logit + t + VL), v_set(lift)), v_set(up)));
+        v_store_int16(w + t, v_mul(v_load(logit + t), v_set(up)), v_mul(v_load(logit + t + VL), v_set(up)));
 }
 
 static void softmax_block(const int32_t *dots, const float *factor, const float *key_scale,

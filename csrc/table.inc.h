@@ -1,8 +1,9 @@
 /* table.inc.h: the last lines of each ISA's file. */
 const tqai_kernels KERNELS = {
     .name = KERNELS_NAME,
-    .key_dots = key_dots,
-    .value_sums = value_sums,
+    .of_bytes = of_bytes,
+    .key_dots = KEY_DOTS,
+    .value_sums = VALUE_SUMS,
     .softmax_block = softmax_block,
     .exact_block = exact_block,
     .rotate = rotate,

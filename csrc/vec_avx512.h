@@ -23,9 +23,9 @@ static inline vf v_zero_below(vf x, vf y, vf limit) {
 static inline vf v_zero_if_zero(vf x, vf y) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NEQ_UQ), x);
 }
-static inline vf v_power(vf s) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(s), _mm512_set1_epi32(127)), 23));
-}
+static inline vf v_whole(vf x) { return _mm512_roundscale_ps(x, 0); }
+static inline vf v_from_whole(vf n) { return n; }
+static inline vf v_times_power(vf x, vf n) { return _mm512_scalef_ps(x, n); }
 static inline float v_sum(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float v_largest(vf a) { return _mm512_reduce_max_ps(a); }
 static inline int v_any_nan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }

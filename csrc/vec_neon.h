@@ -20,8 +20,11 @@ static inline vf v_zero_below(vf x, vf y, vf limit) {
 static inline vf v_zero_if_zero(vf x, vf y) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vceqq_f32(y, vdupq_n_f32(0.0f))));
 }
-static inline vf v_power(vf s) {
-    return vreinterpretq_f32_u32(vshlq_n_u32(vaddq_u32(vreinterpretq_u32_f32(s), vdupq_n_u32(127)), 23));
+static inline vf v_whole(vf x) { return vrndnq_f32(x); }
+static inline vf v_from_whole(vf n) { return n; }
+static inline vf v_times_power(vf x, vf n) {
+    const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+    return vmulq_f32(x, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
 }
 static inline float v_sum(vf a) { return vaddvq_f32(a); }
 static inline float v_largest(vf a) { return vmaxvq_f32(a); }

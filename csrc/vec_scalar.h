@@ -2,7 +2,8 @@
  *
  * max_or_nan(a, b)          b if b > a or b is NaN, else a
  * zero_below(x, y, limit)   0 where y < limit, else x;      zero_if_zero(x, y)   0 where y == 0, else x
- * power(s)                  2^n for s = n + 1.5 * 2^23 as float bits, n from -126 to 127
+ * whole(x)                  the nearest whole number n to x, |x| <= 126, in whatever form suits the next two
+ * from_whole(n)             n as a float;       times_power(x, n)   x * 2^n
  * copysign(a, sign)         a, which is not negative, with the sign of `sign`
  * sum, largest              over all lanes
  */
@@ -23,7 +24,10 @@ static inline vf v_max_or_nan(vf a, vf b) { return b > a || b != b ? b : a; }
 static inline vf v_max(vf a, vf b) { return b > a ? b : a; }
 static inline vf v_zero_below(vf x, vf y, vf limit) { return y < limit ? 0.0f : x; }
 static inline vf v_zero_if_zero(vf x, vf y) { return y == 0.0f ? 0.0f : x; }
-static inline vf v_power(vf s) { return bits_to_float((float_to_bits(s) + 127u) << 23); }
+/* n + 1.5 * 2^23: adding that number rounds, and leaves n in the low bits */
+static inline vf v_whole(vf x) { return x + 12582912.0f; }
+static inline vf v_from_whole(vf n) { return n - 12582912.0f; }
+static inline vf v_times_power(vf x, vf n) { return x * bits_to_float((float_to_bits(n) + 127u) << 23); }
 static inline float v_sum(vf a) { return a; }
 static inline float v_largest(vf a) { return a; }
 static inline int v_any_nan(vf a) { return a != a; }

@@ -54,9 +54,12 @@ static void codec_make(tqai_codec *c, int dim, int bits) {
     for (int i = 0; i < count - 1; i++) boundaries[i] = (centroids[i] + centroids[i + 1]) / 2.0f;
     const float step = centroids[count - 1] / 4095.0f;
     for (int i = 0; i < count; i++) levels[i] = (int16_t)lrintf(centroids[i] / step);
+    int8_t *byte_levels = room(4);
+    for (int i = 0; i < 4; i++) byte_levels[i] = (int8_t)(40 * (2 * i - 3)); /* uniform, as the centroids here */
     *c = (tqai_codec){.head_dim = dim, .bits = bits, .rounds = hadamard ? 1 + below(2) : 0, .scale_norm = below(2),
                       .signs = signs, .matrix = matrix, .transposed = transposed, .centroids = centroids,
-                      .boundaries = boundaries, .levels = levels, .level_step = step, .largest_sum = 523000.0f};
+                      .boundaries = boundaries, .levels = levels, .level_step = step, .largest_sum = 523000.0f,
+                      .byte_levels = byte_levels, .byte_step = most / 160.0f};
     c->normaliser = c->rounds == 2 ? 1.0f / (float)dim : 1.0f / sqrtf((float)dim);
 }
 
@@ -67,6 +70,7 @@ static void codec_free(tqai_codec *c) {
     free((void *)c->centroids);
     free((void *)c->boundaries);
     free((void *)c->levels);
+    free((void *)c->byte_levels);
 }
 
 static void format_make(tqai_page_format *f) {

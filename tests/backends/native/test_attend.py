@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,6 +12,12 @@ from tqai.backends.base import ExactTokens
 
 MOST_ERROR = 2e-3
 """Relative L2 error that is promised; logits of order 1 stay far below it."""
+
+
+def most_error(backend, *bits):
+    """What these tests let pass: AVX-512 multiplies 2-bit codes as bytes with factors of 12 bits, measured
+    4e-4 to 1.4e-3; everything else 2e-4 to 5e-4. A level or a scale that is wrong anywhere costs more."""
+    return MOST_ERROR if backend.isa == "avx512" and 2 in bits else MOST_ERROR / 2
 
 
 def relative(found, wanted):
@@ -58,8 +65,7 @@ def test_every_pair_of_bits(each_isa, page_format, history, attention64, dim):
     for bits_k, bits_v in itertools.product((2, 3, 4, 8), repeat=2):
         found = history(page_format(bits_k, bits_v, dim), 1, 2, 9)
         attended, out, lse = run(each_isa, attention64, found, 576, 1, 2, 4, 1)
-        # measured 2e-4 to 5e-4; a level or a scale that is wrong anywhere costs more
-        assert relative(attended.out, out) < MOST_ERROR / 2, (bits_k, bits_v)
+        assert relative(attended.out, out) < most_error(each_isa, bits_k, bits_v), (bits_k, bits_v)
         torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=1e-3)
 
 
@@ -69,7 +75,7 @@ def test_every_pair_of_bits(each_isa, page_format, history, attention64, dim):
 def test_groups_and_new_tokens(each_isa, page_format, history, attention64, group, new):
     found = history(page_format(4, 2, 64), 2, 2, 3)
     attended, out, lse = run(each_isa, attention64, found, 192, 2, 2, group, new, sinks=3, window=65)
-    assert relative(attended.out, out) < MOST_ERROR / 2
+    assert relative(attended.out, out) < most_error(each_isa, 2)
     torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=1e-3)
 
 
@@ -123,7 +129,7 @@ def test_masks(each_isa, page_format, history, attention64, layout):
     attended, out, lse = run(
         each_isa, attention64, found, tokens, batch, heads, group, new, sinks=2, window=1, mask=mask
     )
-    assert relative(attended.out, out) < MOST_ERROR / 2
+    assert relative(attended.out, out) < most_error(each_isa, 2)
     torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=1e-3)
 
 
@@ -168,6 +174,51 @@ def test_huge_and_tiny_values(each_isa, page_format, attention64, native):
             0.1,
         )[0]
         assert relative(each_isa.attend(query, history, None, recent, None, 0.1).out, out) < MOST_ERROR, size
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_negative_scales(each_isa, page_format, attention64, native, bits):
+    """No encoder writes one, but a page may hold it: weights of both signs in one block."""
+    pages = page_format(4, bits, 80)
+    raw = torch.empty(1, 2, pages.page_bytes, dtype=torch.uint8)
+    native.encode(torch.randn(1, 2, 64, 80), torch.randn(1, 2, 64, 80), pages, raw)
+    raw[..., pages.value_scales_at + 1 : pages.value_scales_at + 65 : 2] |= 0x80  # of the first 32 tokens
+    keys, values = (x.double() for x in native.decode(raw, pages, torch.float32))
+    recent = ExactTokens(torch.randn(1, 2, 1, 80), torch.randn(1, 2, 1, 80))
+    query = torch.randn(1, 6, 1, 80)
+    all_keys, all_values = (
+        torch.cat([x, y.double()], 2) for x, y in zip((keys, values), recent, strict=True)
+    )
+    out = attention64(query, all_keys, all_values, None, 0.1)[0]
+    attended = each_isa.attend(query, make_history(pages, raw), None, recent, None, 0.1)
+    assert relative(attended.out, out) < most_error(each_isa, bits)
+
+
+def test_ragged_histories(each_isa, page_format, history, attention64):
+    """Sequences with fewer pages: what their table and addresses hold beyond is never followed."""
+    found, keys, values = history(page_format(4, 3, 64), 4, 2, 10, first_token=7)
+    counts = torch.tensor([10, 0, 1, 9], dtype=torch.int32)
+    addresses = found.addresses.clone()
+    addresses[torch.arange(10) >= counts[:, None]] = 0
+    ragged = dataclasses.replace(found, addresses=addresses, counts=counts)
+    present = (torch.arange(7, 640) < counts[:, None] * 64)[:, None, None]
+    for new, hidden in ((1, 0), (3, 0), (3, 40), (17, 0)):
+        recent = ExactTokens(torch.randn(4, 2, new, 64), torch.randn(4, 2, new, 64))
+        query = torch.randn(4, 8, new, 64)
+        own = torch.ones(new, new, dtype=torch.bool).tril().expand(4, 1, new, new)
+        seen = torch.cat([present.expand(4, 1, new, 633), own], -1)
+        given = None
+        if hidden:
+            given = torch.ones(4, 1, new, 633 + new, dtype=torch.bool).tril(633)
+            given[..., 600 : 600 + hidden - 10] = False
+            seen = seen & given
+        all_keys, all_values = (
+            torch.cat([x, y.double()], 2) for x, y in zip((keys, values), recent, strict=True)
+        )
+        out, lse = attention64(query, all_keys, all_values, seen, 0.125)
+        attended = each_isa.attend(query, ragged, None, recent, given, 0.125)
+        assert relative(attended.out, out) < MOST_ERROR / 2, (new, hidden)
+        torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=1e-3)
 
 
 def make_history(pages, raw):

@@ -61,6 +61,10 @@ def test_good_arguments_pass(call):
         ({"history": {"addresses": torch.zeros(2, 3, dtype=torch.int64)}}, "null"),
         ({"history": {"addresses": torch.full((2, 3), 8, dtype=torch.int64)}}, "multiple of 16"),
         ({"history": {"first_token": 64}}, "first_token"),
+        ({"history": {"counts": torch.ones(3, dtype=torch.int32)}}, "counts"),
+        ({"history": {"counts": torch.ones(2, dtype=torch.int64)}}, "counts"),
+        ({"history": {"counts": torch.tensor([3, 4], dtype=torch.int32)}}, "not served"),
+        ({"history": {"counts": torch.tensor([-1, 3], dtype=torch.int32)}}, "not served"),
         ({"history": {"slabs": [torch.zeros(6, 2, 100, dtype=torch.uint8)]}}, "slab"),
     ],
 )

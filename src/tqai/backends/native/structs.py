@@ -44,6 +44,8 @@ class CodecStruct(ctypes.Structure):
         ("level_step", _f32),
         ("largest_sum", _f32),
         ("normaliser", _f32),
+        ("byte_step", _f32),
+        ("byte_levels", _pointer),
         ("kind", _i32),
         ("tables", _pointer),
     ]
@@ -174,6 +176,16 @@ def integer_levels(codec: Codec, terms: int) -> tuple[NDArray[np.int16], float]:
     return rounded[best].astype(np.int16), float(np.float32(steps[best]))
 
 
+def byte_levels(codec: Codec) -> tuple[NDArray[np.int8], float]:
+    """Whole numbers `[4]` within +-127 that stand for the centroids of 2 bits, and the step that they count:
+    those whose ratio comes nearest to the centroids' (to 3e-4 for every head_dim)."""
+    centroids = codec.tables()["centroids"].astype(np.float64)
+    rounded = np.rint(centroids / (np.abs(centroids).max() / np.arange(40, 128))[:, None])
+    steps = (rounded * centroids).sum(-1) / (rounded**2).sum(-1)
+    best = int(np.argmin(((rounded * steps[:, None] - centroids) ** 2).sum(-1)))
+    return rounded[best].astype(np.int8), float(np.float32(steps[best]))
+
+
 def _codec_struct(codec: Codec, terms: int, arrays: list[NDArray[Any]]) -> CodecStruct:
     def keep(array: NDArray[Any], dtype: type[np.generic]) -> int:
         kept = np.ascontiguousarray(array, dtype=dtype)
@@ -186,6 +198,7 @@ def _codec_struct(codec: Codec, terms: int, arrays: list[NDArray[Any]]) -> Codec
     rounds = HADAMARD_ROUNDS[spec.rotation]
     matrix = codec.rotation_matrix if rounds == 0 else np.zeros((1, 1))
     signs = hadamard_signs(spec.rotation, spec.head_dim, spec.seed) if rounds else np.zeros((1, 1))
+    of_bytes, byte_step = byte_levels(codec) if spec.bits == 2 else (np.zeros(4), 0.0)
     return CodecStruct(
         head_dim=spec.head_dim,
         bits=spec.bits,
@@ -200,4 +213,6 @@ def _codec_struct(codec: Codec, terms: int, arrays: list[NDArray[Any]]) -> Codec
         level_step=step,
         largest_sum=(2**31 - 1) / float(np.abs(levels).max()) - BLOCK_TOKENS,
         normaliser=float(spec.head_dim) ** (-rounds / 2),
+        byte_step=byte_step,
+        byte_levels=keep(of_bytes, np.int8) if spec.bits == 2 else None,
     )
