@@ -488,3 +488,15 @@ def test_bad_settings_are_named():
     with pytest.raises(ConfigError, match="offsets='yes': allowed are off, on, auto"):
         CacheConfig(offsets="yes")
     assert CacheConfig.from_dict(CacheConfig(offsets="auto").to_dict()).offsets == "auto"
+
+
+def test_tokens_that_require_gradients():
+    """Outside no_grad nothing is written in place that autograd holds."""
+    plain, tracked = filled(200), filled(200)
+    keys, values = biased(2, 1, 2, 1)
+    query = query_like(plain, 3, 1)
+    wanted = plain.attend(plain.append(keys, values), query, None, 0.2).out
+    leaves = [part.clone().requires_grad_() for part in (keys, values, query)]
+    step = tracked.append(*leaves[:2])
+    out = tracked.attend(step, leaves[2], None, 0.2).out
+    assert torch.allclose(out, wanted, rtol=1e-4, atol=1e-5)
