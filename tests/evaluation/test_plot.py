@@ -4,6 +4,7 @@ import pytest
 
 from tqai.errors import InputError
 from tqai.evaluation import Interval, PlotPoint, plot_kl_against_bits
+from tqai.evaluation.plot import lower_edge
 
 pytest.importorskip("matplotlib")
 
@@ -32,3 +33,14 @@ def test_png(tmp_path):
 def test_nothing_to_draw_is_refused(tmp_path):
     with pytest.raises(InputError):
         plot_kl_against_bits([], tmp_path / "x.svg", "t")
+
+
+def test_another_suffix_is_refused(tmp_path):
+    with pytest.raises(InputError, match="names no format"):
+        plot_kl_against_bits(POINTS, tmp_path / "x.doc", "t")
+
+
+def test_the_edge_leaves_out_what_is_beaten_in_bits_and_kl():
+    figures = ((4.0, 0.3), (2.0, 0.5), (3.0, 0.6), (3.5, 0.3), (5.0, 0.1))
+    points = [PlotPoint(str(bits), "tqai", bits, Interval(kl, kl, kl)) for bits, kl in figures]
+    assert [point.name for point in lower_edge(points)] == ["2.0", "3.5", "5.0"]
