@@ -4,7 +4,8 @@
 
 One layer, batch 1, 8 KV heads, 32 query heads, head_dim 128, one new token. Every path attends to the
 same tokens; a path is timed only after its result agrees with float64 attention to what it stores. The
-packed paths are compared with the fastest of five torch formulations on bfloat16 and on float32.
+packed paths are compared with the fastest of six torch formulations on bfloat16 and on float32. Ratios to
+ggml, which is not measured here, come from benchmarks/peers/cpu_decode.json: another machine's figures.
 Times are medians of interleaved runs; "best" is the least. Also measured: the encoder, and the machine's
 read bandwidth in the same run.
 """
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,7 @@ KV_HEADS, GROUP, DIM = 8, 4, 128
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 PAIRS = ((4, 4), (4, 2), (3, 3), (2, 2), (8, 8))
 SCALING = DIM**-0.5
+PEERS = Path(__file__).parent / "peers" / "cpu_decode.json"
 KERNEL_TOLERANCE = 2e-3
 TORCH_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
@@ -93,21 +96,38 @@ def torch_paths(dtype, tokens):
     return paths, query, keys, values
 
 
-def flex_path(dtype, tokens):
-    """flex attention, compiled; None with the reason where torch cannot build it here."""
+@lru_cache(maxsize=1)
+def compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
-    _, query, keys, values = torch_paths(dtype, tokens)
-    compiled = torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex_path(query, keys, values):
+    """(flex attention, compiled; None) or (None, the reason why torch cannot build it here)."""
 
     def call() -> torch.Tensor:
-        return compiled(query, keys, values, enable_gqa=True)
+        return compiled_flex()(query, keys, values, enable_gqa=True)
 
     try:
         call()
     except Exception as error:
-        return None, str(error).splitlines()[0][:200]
+        return None, (str(error).splitlines() or [type(error).__name__])[0][:200]
     return call, None
+
+
+def ggml_ratios(tokens, times):
+    """Name -> {"f16": ..., "q4_0": ...}: ggml's time on the peers' machine over ours on this one."""
+    ggml = next(rows for name, rows in json.loads(PEERS.read_text()).items() if name.startswith("ggml"))
+    return {
+        name: {
+            kind: round(rows[str(tokens)] / entry["median_ms"], 2)
+            for kind, rows in ggml.items()
+            if str(tokens) in rows
+        }
+        for name, entry in times.items()
+        if name.startswith("native")
+    }
 
 
 def attention64(query, keys, values):
@@ -156,6 +176,11 @@ def at_length(backend, isas, pairs, tokens, budget_s):
         name = str(dtype).removeprefix("torch.")
         paths, torch_query, keys, values = torch_paths(dtype, tokens)
         wanted = attention64(torch_query, keys.double(), values.double())
+        flex, why_not = flex_path(torch_query, keys, values)
+        if flex is None:
+            print(f"no flex attention: {why_not}")
+        else:
+            paths["flex"] = flex
         for path, call in paths.items():
             full = f"torch {path} {name}"
             errors[full] = error_of(call(), wanted)
@@ -283,12 +308,13 @@ def main() -> None:
         "read_bytes_per_s": read_bandwidth(),
         "encode_MB_per_s_per_core": encode_rates(backend, isas),
         "lengths": {},
+        "ggml_elsewhere_over_here": {},
     }
-    call, reason = flex_path(torch.float32, 4096)
-    result["flex_attention_4096_float32"] = interleaved({"flex": call}, 1.0)["flex"] if call else reason
     for tokens in (4096, 32768) if options.quick else LENGTHS:
         times = at_length(backend, isas, PAIRS, tokens, options.budget)
         result["lengths"][tokens] = times
+        if tokens in (4096, 32768, 131072):
+            result["ggml_elsewhere_over_here"][tokens] = ggml_ratios(tokens, times)
         for name, entry in sorted(times.items(), key=lambda item: item[1]["median_ms"]):
             print(
                 f"{tokens:7} {name:28} {entry['median_ms']:9.3f} ms  best {entry['best_ms']:9.3f}"
