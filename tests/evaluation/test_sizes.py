@@ -33,7 +33,8 @@ def test_offsets_are_counted(model):
         size_at(cache_maker("K2/V2", model, offsets=offsets), model.config, 512).mean
         for offsets in ("off", "auto")
     )
-    assert with_them - without == pytest.approx(16 / 512, rel=0.1)
+    # the mean of lengths from 400 to 512
+    assert with_them - without == pytest.approx(16 / 450, rel=0.03)
 
 
 def test_short_lengths_are_refused(model):
