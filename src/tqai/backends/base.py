@@ -2,7 +2,7 @@
 
 A backend encodes whole pages, attends on their codes, and decodes pages where somebody needs the
 numbers. It owns the order of the bytes inside a page (see `core.page`) and nothing else: pages are
-allocated by the cache. Arrays are of the backend's framework (torch here, mlx later); this module
+allocated by the cache. Arrays are of the backend's framework (torch, or MLX for "mlx"); this module
 imports none of them.
 
 To add a backend: one file (or folder) in `backends/` with a class that satisfies `Backend`, one line

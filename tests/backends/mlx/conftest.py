@@ -1,14 +1,17 @@
-"""Where MLX is not installed these tests are skipped; arrays to and from numpy."""
+"""Without MLX these tests are left out: `pip install 'tqai[mlx]'`; arrays to and from numpy."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
-mx = pytest.importorskip("mlx.core", reason="mlx is not installed (pip install 'tqai[mlx]')")
+from tqai.core.codec import CodecSpec, make_codec
+from tqai.core.page import PageFormat
 
-from tqai.core.codec import CodecSpec, make_codec  # noqa: E402
-from tqai.core.page import PageFormat  # noqa: E402
+if find_spec("mlx") is None:
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture

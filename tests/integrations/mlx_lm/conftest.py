@@ -1,16 +1,15 @@
-"""Tiny random models of mlx-lm; without mlx-lm these tests are skipped."""
+"""Tiny random models of mlx-lm; without mlx-lm these tests are left out: `pip install 'tqai[mlx]'`."""
 
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 
-mx = pytest.importorskip("mlx.core", reason="mlx is not installed (pip install 'tqai[mlx]')")
-pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (pip install 'tqai[mlx]')")
-
-from mlx.utils import tree_map  # noqa: E402
+if find_spec("mlx_lm") is None:
+    collect_ignore_glob = ["test_*.py"]
 
 COMMON = {
     "hidden_size": 64,
@@ -51,6 +50,9 @@ TINY = {
 @pytest.fixture
 def tiny():
     """A random float32 model of one of mlx-lm's kinds, unpatched at the end."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
     import tqai
 
     made = []
@@ -79,6 +81,8 @@ def tiny():
 @pytest.fixture
 def vectors():
     """Keys and values `[batch, heads, tokens, dim]` of a seed, as MLX arrays."""
+
+    import mlx.core as mx
 
     def draw(seed, batch, heads, tokens, dim, dtype=None):
         rng = np.random.default_rng(seed)

@@ -67,7 +67,7 @@ def test_patch_knows_which_models_take_handles(tiny, ids, kind, on_codes, monkey
     """And decompression, where there is any, is by a model that works on keys itself."""
     decompressed = []
     monkeypatch.setattr(
-        "tqai.integrations.mlx_lm.store.decode_pages",
+        "tqai.integrations.mlx_lm.step.decode_pages",
         lambda raw, *rest: decompressed.append(raw.shape) or original(raw, *rest),
     )
     from tqai.backends.mlx.pages import decode_pages as original

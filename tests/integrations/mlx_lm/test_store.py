@@ -16,6 +16,8 @@ from tqai.config import CacheConfig
 from tqai.errors import InputError, NonFiniteError
 from tqai.integrations.mlx_lm import store as store_module
 from tqai.integrations.mlx_lm.attention import attend_step
+from tqai.integrations.mlx_lm.combining import combined
+from tqai.integrations.mlx_lm.exact import joined
 from tqai.integrations.mlx_lm.saving import _exported
 from tqai.integrations.mlx_lm.store import TokenStore
 
@@ -102,7 +104,7 @@ OPERATIONS = st.lists(
 def test_sequences_of_a_batch_are_as_if_alone(operations, sinks, window):
     """Whatever is done to a batch: every sequence holds and attends to what it would alone."""
     config = CONFIG.with_changes(sink_tokens=0 if window else sinks)
-    together = TokenStore.combined([TokenStore(config, window) for _ in range(2)])
+    together = combined([TokenStore(config, window) for _ in range(2)])
     alone = [TokenStore(config, window) for _ in range(2)]
     rng = np.random.default_rng(0)
 
@@ -143,7 +145,7 @@ def test_sequences_of_a_batch_are_as_if_alone(operations, sinks, window):
             other = TokenStore(config, window)
             if what:
                 other.append(*new(1, what))
-            together = TokenStore.combined([together, other])
+            together = combined([together, other])
             alone.append(other.extracted(0))
         assert together.seen == [store.seen[0] for store in alone]
     for row, store in enumerate(alone):
@@ -219,5 +221,5 @@ def test_arrays_are_not_views_of_larger_ones():
 
 def test_exact_tokens_are_joined_in_order():
     one = ExactTokens(mx.zeros((1, 1, 2, 4)), mx.zeros((1, 1, 2, 4)))
-    assert store_module.joined([one]) is one
-    assert store_module.joined([one, one]).keys.shape == (1, 1, 4, 4)
+    assert joined([one]) is one
+    assert joined([one, one]).keys.shape == (1, 1, 4, 4)

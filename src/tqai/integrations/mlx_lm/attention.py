@@ -20,7 +20,7 @@ from tqai.backends.base import Attended
 from tqai.backends.mlx.attention import attend
 from tqai.backends.mlx.metal.launch import history_reader
 from tqai.integrations.mlx_lm.handles import Handle
-from tqai.integrations.mlx_lm.store import Step
+from tqai.integrations.mlx_lm.step import Step
 
 __all__ = ["NAME", "attend_step", "is_replaced", "modules_of", "put_back", "replace", "standard_mask"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from tqai.backends.base import ExactTokens
-from tqai.integrations.mlx_lm.store import Step
+from tqai.integrations.mlx_lm.step import Step
 
 __all__ = ["Handle", "StepTokens", "handles_of"]
 

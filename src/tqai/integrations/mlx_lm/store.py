@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -31,51 +30,15 @@ from tqai.config import CacheConfig
 from tqai.core.page import PAGE_TOKENS, PageFormat
 from tqai.errors import InputError, NonFiniteError
 from tqai.integrations.mlx_lm.columns import Columns
+from tqai.integrations.mlx_lm.exact import joined, owned, widened
+from tqai.integrations.mlx_lm.step import Step
 
-__all__ = ["SLAB_PAGES", "Step", "TokenStore", "joined"]
+__all__ = ["SLAB_PAGES", "TokenStore"]
 
 Array = Any
 
 SLAB_PAGES = 64
 """Pages per slab. A new page copies the last slab and no other."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """The tokens in sight of one step, in the columns that `columns` describes.
-
-    Attributes:
-        slabs: uint8 `[batch, kv_heads, pages, page_bytes]` each.
-        recent: window, then the step's own tokens, exact even if the store has compressed them since.
-        columns: which column holds which token of which sequence.
-    """
-
-    page_format: PageFormat
-    sinks: ExactTokens | None
-    slabs: tuple[Array, ...]
-    recent: ExactTokens
-    columns: Columns
-
-    @property
-    def tokens(self) -> int:
-        """Columns in sight."""
-        return self.columns.count - self.columns.hidden
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether nothing in sight is compressed and nothing held is out of sight."""
-        return not self.slabs and self.sinks is None and not self.columns.hidden
-
-    def materialize(self) -> ExactTokens:
-        """All keys and values in sight `[batch, kv_heads, tokens, head_dim]`, in the model's dtype."""
-        dtype = self.recent.keys.dtype
-        parts = [] if self.sinks is None else [self.sinks]
-        for slab in self.slabs:
-            decoded = decode_pages(slab, self.page_format, dtype)
-            parts.append(ExactTokens(*(x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in decoded)))
-        keys, values = joined([*parts, self.recent])
-        hidden = self.columns.hidden
-        return ExactTokens(keys[:, :, hidden:], values[:, :, hidden:])
 
 
 class TokenStore:
@@ -192,10 +155,12 @@ class TokenStore:
         if self.window is None:
             return
         if self.batch > 1 and not self.columns(0).uniform:
+            from tqai.integrations.mlx_lm.combining import combined
+
             parts = [self.extracted(row) for row in range(self.batch)]
             for part in parts:
                 part.trim(count)
-            self._become(TokenStore.combined(parts))
+            self._become(combined(parts))
             return
         count = min(count, self.seen[0])
         sinks, pages, window = self.sink_counts[0], self.counts[0], self.window_counts[0]
@@ -209,7 +174,7 @@ class TokenStore:
         tail = ExactTokens(*(x[:, :, :0] for x in self.window))
         if rest:
             assert self.page_format is not None
-            raw = self.slabs[whole // self._slab_pages][:, :, whole % self._slab_pages]
+            raw = self.slabs[whole // self.slab_pages][:, :, whole % self.slab_pages]
             decoded = decode_pages(raw, self.page_format, self.window.keys.dtype)
             tail = owned(decoded, 0, rest)
         self.window = tail
@@ -233,8 +198,8 @@ class TokenStore:
         out.window = owned(self.window, width - max(out.window_counts), width, index)
         if self.sinks is not None and max(out.sink_counts):
             out.sinks = owned(self.sinks, 0, max(out.sink_counts), index)
-        for start in range(0, max(out.counts), self._slab_pages):
-            slab = self.slabs[start // self._slab_pages][index]
+        for start in range(0, max(out.counts), self.slab_pages):
+            slab = self.slabs[start // self.slab_pages][index]
             out.slabs.append(mx.contiguous(slab[:, :, : max(out.counts) - start]))
         return out
 
@@ -242,49 +207,9 @@ class TokenStore:
         """Sequence `row` alone, in arrays of its own."""
         return self.selected([row])
 
-    @staticmethod
-    def combined(parts: Sequence[TokenStore]) -> TokenStore:
-        """The sequences of all stores, in order, in one store."""
-        out = TokenStore(parts[0].config, parts[0].sliding_window, 0)
-        for name in ("seen", "counts", "first_pages", "sink_counts", "window_counts"):
-            setattr(out, name, [number for part in parts for number in getattr(part, name)])
-        filled = next((part for part in parts if part.window is not None), None)
-        if filled is None:
-            return out
-        out.page_format = filled.page_format
-        assert filled.window is not None and filled.page_format is not None
-        like: ExactTokens = filled.window
-
-        def stacked(kind: str, width: int, left: bool) -> ExactTokens:
-            sides = []
-            for side in range(2):
-                blocks = []
-                for part in parts:
-                    held = getattr(part, kind)
-                    _, heads, _, dim = like[side].shape
-                    block = mx.zeros((part.batch, heads, 0, dim), like[side].dtype)
-                    blocks.append(_widened(block if held is None else held[side], width, left))
-                sides.append(mx.concatenate(blocks))
-            return ExactTokens(*sides)
-
-        out.window = stacked("window", max(out.window_counts), left=True)
-        if max(out.sink_counts):
-            out.sinks = stacked("sinks", max(out.sink_counts), left=False)
-        heads, page_bytes = like.keys.shape[1], filled.page_format.page_bytes
-        pages = max(out.counts)
-        for number, start in enumerate(range(0, pages, out._slab_pages)):
-            width = min(pages - start, out._slab_pages)
-            blocks = []
-            for part in parts:
-                empty = mx.zeros((part.batch, heads, 0, page_bytes), mx.uint8)
-                blocks.append(
-                    _widened(part.slabs[number] if number < len(part.slabs) else empty, width, False)
-                )
-            out.slabs.append(mx.concatenate(blocks))
-        return out
-
     @property
-    def _slab_pages(self) -> int:
+    def slab_pages(self) -> int:
+        """Pages per slab, at most."""
         # pages leave a sliding window at the front, which would move them from slab to slab
         return SLAB_PAGES if self.sliding_window is None else 1 << 30
 
@@ -335,7 +260,7 @@ class TokenStore:
         self._place(fresh)
         self._drop_out_of_sight()
         width = max(self.window_counts)
-        sides = [[_widened(rest[side], width, left=True) for rest in rests] for side in range(2)]
+        sides = [[widened(rest[side], width, left=True) for rest in rests] for side in range(2)]
         self.window = ExactTokens(
             *(mx.contiguous(parts[0] if len(parts) == 1 else mx.concatenate(parts)) for parts in sides)
         )
@@ -358,14 +283,14 @@ class TokenStore:
                 held = [] if self.sinks is None else [self.sinks[side][which]]
                 if held and part[side].shape[2]:
                     held = [held[0][:, :, : self.sink_counts[row] - part[side].shape[2]]]
-                new.append(_widened(mx.concatenate([*held, part[side]], axis=2), width, left=False))
+                new.append(widened(mx.concatenate([*held, part[side]], axis=2), width, left=False))
             sides.append(mx.contiguous(new[0] if len(new) == 1 else mx.concatenate(new)))
         self.sinks = ExactTokens(*sides)
 
     def _place(self, fresh: list[tuple[slice, int, Array]]) -> None:
         """Put new page records behind the pages that their sequences had."""
         self._keep_pages(max(self.counts))
-        size = self._slab_pages
+        size = self.slab_pages
         for which, at, raw in fresh:
             done = 0
             while done < raw.shape[2]:
@@ -378,14 +303,14 @@ class TokenStore:
                 if which == slice(None):
                     self.slabs[number] = mx.concatenate([slab[:, :, :column], part], axis=2)
                 else:
-                    slab = _widened(slab, max(column + count, slab.shape[2]), left=False)
+                    slab = widened(slab, max(column + count, slab.shape[2]), left=False)
                     at_row = mx.array([which.start, column])
                     self.slabs[number] = mx.slice_update(slab, part, at_row, axes=(0, 2))
                 done += count
 
     def _keep_pages(self, pages: int) -> None:
         """Leave out columns of slabs that no sequence has any more."""
-        size = self._slab_pages
+        size = self.slab_pages
         del self.slabs[-(-pages // size) :]
         if self.slabs and len(self.slabs) * size > pages and size * (len(self.slabs) - 1) < pages:
             width = pages - size * (len(self.slabs) - 1)
@@ -448,29 +373,3 @@ class TokenStore:
         numbers = getattr(self, name)
         for row in range(*which.indices(self.batch)):
             numbers[row] += number
-
-
-def joined(parts: Sequence[ExactTokens]) -> ExactTokens:
-    """The tokens of all parts, in order; the part itself where there is only one."""
-    if len(parts) == 1:
-        return parts[0]
-    return ExactTokens(*(mx.concatenate([part[side] for part in parts], axis=2) for side in range(2)))
-
-
-def owned(tokens: ExactTokens, start: int, stop: int, rows: Array | None = None) -> ExactTokens:
-    """Tokens start..stop-1 (of sequences `rows`) in arrays of their own, not views of larger ones."""
-    chosen = (x if rows is None else x[rows] for x in tokens)
-    return ExactTokens(*(mx.contiguous(x[:, :, start:stop]) for x in chosen))
-
-
-def _widened(array: Array, width: int, left: bool) -> Array:
-    """`array` with axis 2 filled up with zeros to `width` columns, on the left or on the right; cut on
-    that side if it has more."""
-    have = array.shape[2]
-    if have == width:
-        return array
-    if have > width:
-        return array[:, :, have - width :] if left else array[:, :, :width]
-    pads = [(0, 0)] * array.ndim
-    pads[2] = (width - have, 0) if left else (0, width - have)
-    return mx.pad(array, pads)
