@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import cache_option_tables  # noqa: E402
 import gpu_tables  # noqa: E402
+import mlx_tables  # noqa: E402
 from option_tables import activations_table, qjl_table, solvers_table  # noqa: E402
 
 DOCUMENTS = (
@@ -34,6 +35,7 @@ DOCUMENTS = (
     "docs/performance-cpu.md",
     "docs/performance-gpu.md",
     "docs/quality-options.md",
+    "docs/mlx.md",
 )
 CLI = "docs/cli.md"
 PICTURE = "docs/images/demo.svg"
@@ -275,6 +277,9 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "gpu-roofline": gpu_tables.roofline_table,
     "gpu-encode": gpu_tables.encode_table,
     "gpu-generate": gpu_tables.generate_table,
+    "mlx-speed": mlx_tables.speed_table,
+    "mlx-memory": mlx_tables.memory_table,
+    "mlx-quality": mlx_tables.quality_table,
     "offsets-time": cache_option_tables.offsets_time_table,
     "offsets-error": cache_option_tables.offsets_error_table,
     "auto-bits": cache_option_tables.bits_table,
