@@ -92,8 +92,7 @@ class Offsets:
             by_head = out.contiguous().view(batch, kv_heads, -1, dim)
             blind = lse.isneginf().view(batch, kv_heads, -1, 1) if masked else None
             shift = self.values if blind is None else torch.where(blind, 0.0, self.values)
-            by_head = by_head + shift if out.requires_grad else by_head.add_(shift)
-            out = _within(by_head).view(out.shape)
+            out = _within(by_head.add_(shift)).view(out.shape)
         if self.keys is not None and scaling is not None:
             by_head = query.float().unflatten(1, (self.keys.shape[1], -1))
             shift = (by_head * self.keys.float().unsqueeze(2)).sum(-1).flatten(1, 2)
@@ -206,5 +205,5 @@ def _within(total: Tensor) -> Tensor:
     """`total` clamped to float16's range, in place, the only one that real tokens come near to."""
     if total.dtype == torch.float16:
         limit = torch.finfo(torch.float16).max
-        total = total.clamp(-limit, limit) if total.requires_grad else total.clamp_(-limit, limit)
+        total.clamp_(-limit, limit)
     return total
