@@ -195,8 +195,8 @@ def test_generate_and_stream_generate_use_the_compressed_cache(patched, embedded
     original = patched.make_cache
     monkeypatch.setattr(patched, "make_cache", lambda: made.append(original()) or made[-1])
     tokenizer = embedded[1]
-    text = mlx_lm.generate(patched, tokenizer, prompt, max_tokens=6)
-    streamed = [part.token for part in mlx_lm.stream_generate(patched, tokenizer, prompt, max_tokens=6)]
+    text = mlx_lm.generate(patched, tokenizer, prompt[:70], max_tokens=4)
+    streamed = [part.token for part in mlx_lm.stream_generate(patched, tokenizer, prompt[:70], max_tokens=4)]
     assert text.strip() == tokenizer.decode(streamed).strip()
     assert len(made) == 2
     assert all(isinstance(layer, TurboQuantKVCache) and layer.store.counts == [1] for layer in made[0])
@@ -347,9 +347,9 @@ def test_serving_takes_its_own_options_and_leaves_the_others(monkeypatch):
 
 
 def test_retrieval_in_a_short_document(embedded):
-    """benchmarks/mlx_caches.py asks 50 questions at 4096 tokens; here one, in 320."""
+    """benchmarks/mlx_caches.py asks 50 questions at 4096 tokens; here one, in 240."""
     model, tokenizer = embedded
-    made = demo.make_prompt(tokenizer, 320, seed=3)
+    made = demo.make_prompt(tokenizer, 240, seed=3)
     cache = tqai.patch(model, bits_k=4, bits_v=4)
     try:
         ids = tokenizer.encode(made.prompt(0))

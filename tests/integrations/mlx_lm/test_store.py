@@ -190,6 +190,19 @@ def test_sliding_window_holds_no_more_than_a_page_beyond_it():
         assert store.counts[0] * 64 + store.window_counts[0] <= 100 + 63 + 64
 
 
+def test_pages_that_nobody_will_see_are_not_encoded(monkeypatch):
+    counts = []
+
+    def counted(keys, values, page_format):
+        counts.append(keys.shape[2])
+        return encode(keys, values, page_format)
+
+    encode = store_module.encode_pages
+    monkeypatch.setattr(store_module, "encode_pages", counted)
+    fed(TokenStore(CONFIG, 100), *draw(6, 1, 1000), (1000,))
+    assert counts == [1]
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing():
     store = TokenStore(CONFIG.with_changes(check_finite=True))
     keys, values = (mx.array(x) for x in draw(4, 1, 65))
