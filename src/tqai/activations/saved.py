@@ -125,7 +125,7 @@ class CompressedActivations:
         storage = StorageWeakRef(held)
         key = (storage.cdata, *view, layout, tensor.shape[-1])
         known = self._packed.get(key)
-        if known is not None and not known[0].expired():
+        if known is not None:
             packed = known[1]()
             if packed is not None:
                 return _Saved(packed, tensor)
