@@ -58,10 +58,14 @@ def merged(study: Study, parts: list[dict[str, Any]]) -> dict[str, Any]:
                 if found_again is not None:
                     rows[spec]["retrieval"] = found_again
             quality.setdefault(model, {})[copy] = rows
-    provenance = [line["provenance"] for line in parts if "provenance" in line]
+    provenance: list[dict[str, Any]] = []
+    for line in parts:
+        told = {key: value for key, value in line.get("provenance", {}).items() if key != "date"}
+        if told and told not in provenance:
+            provenance.append(told)
     return {
         "study": {key: list(v) if isinstance(v, tuple) else v for key, v in study.__dict__.items()},
-        "provenance": provenance[0] if provenance else {},
+        "provenance": provenance,
         "copies": copies,
         "sizes": sizes,
         "quality": quality,
@@ -73,9 +77,16 @@ def merged(study: Study, parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _row(seeds: dict[int, dict[str, Any]], size: dict[str, Any], resamples: int) -> dict[str, Any]:
     """Figures of one cache over its seeds; the interval is over documents, each with all its seeds."""
-    by_document = np.mean([run["kl_by_document"] for run in seeds.values()], axis=0)
-    interval = bootstrap([np.array([kl]) for kl in by_document], np.mean, resamples=resamples)
     runs = list(seeds.values())
+    numbers = [_numbers(run) for run in runs]
+    by_document = {
+        number: float(
+            np.mean([run["kl_by_document"][of.index(number)] for run, of in zip(runs, numbers, strict=True)])
+        )
+        for number in numbers[0]
+        if all(number in of for of in numbers)
+    }
+    interval = bootstrap([np.array([kl]) for kl in by_document.values()], np.mean, resamples=resamples)
     return {
         "bits_per_value": size["bits_per_value"],
         "kl_mean": interval.to_dict(),
@@ -85,8 +96,22 @@ def _row(seeds: dict[int, dict[str, Any]], size: dict[str, Any], resamples: int)
         "top1_agreement": float(np.mean([run["top1_agreement"] for run in runs])),
         "perplexity": math.exp(float(np.mean([run["nll_by_document"] for run in runs]))),
         "tokens": runs[0]["tokens"],
+        "kl_by_document": {str(number): kl for number, kl in by_document.items()},
         "family": size["family"],
     }
+
+
+def _numbers(run: dict[str, Any]) -> list[int]:
+    """Which documents a run read."""
+    return run.get("documents") or list(range(len(run["kl_by_document"])))
+
+
+def _common(left: dict[str, Any], right: dict[str, Any]) -> tuple[float, float]:
+    """Mean KL of two caches over the documents that both read."""
+    numbers = left["kl_by_document"].keys() & right["kl_by_document"].keys()
+    return tuple(  # type: ignore[return-value]
+        float(np.mean([row["kl_by_document"][number] for number in numbers])) for row in (left, right)
+    )
 
 
 def found_of(row: dict[str, Any]) -> tuple[int, int] | None:
@@ -134,18 +159,20 @@ def against_peers(quality: dict[str, Any]) -> list[dict[str, Any]]:
                 if theirs["family"] == "tqai":
                     continue
                 ours = _within(rows, theirs["bits_per_value"])
-                best = min(ours, key=lambda name: ours[name]["kl_mean"]["value"]) if ours else None
+                kls = {spec: _common(row, theirs) for spec, row in ours.items()}
+                best = min(kls, key=lambda name: kls[name][0] / kls[name][1]) if kls else None
+                mine, other = kls[best] if best else (None, theirs["kl_mean"]["value"])
                 compared.append(
                     {
                         "model": model,
                         "copy": copy,
                         "peer": peer,
                         "peer_bits": theirs["bits_per_value"],
-                        "peer_kl": theirs["kl_mean"]["value"],
+                        "peer_kl": other,
                         "cache": best,
                         "bits_per_value": ours[best]["bits_per_value"] if best else None,
-                        "kl": ours[best]["kl_mean"]["value"] if best else None,
-                        "below": bool(best and ours[best]["kl_mean"]["value"] < theirs["kl_mean"]["value"]),
+                        "kl": mine,
+                        "below": mine is not None and mine < other,
                     }
                 )
     return compared

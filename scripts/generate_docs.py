@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import cache_option_tables  # noqa: E402
 import gpu_tables  # noqa: E402
 import mlx_tables  # noqa: E402
+import study_tables  # noqa: E402
 from option_tables import activations_table, qjl_table, solvers_table  # noqa: E402
 
 DOCUMENTS = (
@@ -34,6 +35,7 @@ DOCUMENTS = (
     "docs/cache-options.md",
     "docs/performance-cpu.md",
     "docs/performance-gpu.md",
+    "docs/quality.md",
     "docs/quality-options.md",
     "docs/mlx.md",
 )
@@ -284,6 +286,10 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "offsets-error": cache_option_tables.offsets_error_table,
     "auto-bits": cache_option_tables.bits_table,
     "balance": cache_option_tables.balance_table,
+    "study-kl": study_tables.kl_tables,
+    "study-copies": study_tables.copies_table,
+    "study-targets": study_tables.targets_table,
+    "study-peers": study_tables.peers_table,
     "qjl": qjl_table,
     "solvers": solvers_table,
     "activations": activations_table,
