@@ -8,7 +8,8 @@ Parts run one by one, each into its own entry of benchmarks/results/mlx.json:
     retrieval   50 six-digit codes hidden in documents of 4096 tokens, K4/V4, exact match; everything in
                 MLX: prefill in chunks of 2048 as mlx_lm.generate does it, then greedy decoding
     kl          mean KL in chunks of 32 that read the cache back, here and with transformers and torch
-    memory      bytes held at 8191 tokens, when the exact window is fullest: `nbytes`, and what MLX's allocator says
+    memory      bytes held at 8191 tokens, when the exact window is fullest: `nbytes`, and what MLX's
+                allocator says
     speed       milliseconds per decoded token of the embedded model at 1024, 4096 and 8192 tokens, against
                 KVCache and QuantizedKVCache (4 and 2 bits); caches hold random keys and values. Our caches'
                 attention is first checked against float64 attention to what core decodes.
