@@ -1,4 +1,7 @@
 /* table.inc.h: the last lines of each ISA's file. */
+#include "trellis_encode.inc.h"
+#include "trellis_levels.inc.h"
+
 const tqai_kernels KERNELS = {
     .name = KERNELS_NAME,
     .of_bytes = of_bytes,
@@ -11,5 +14,5 @@ const tqai_kernels KERNELS = {
     .from_float = from_float,
     .encode_side = encode_side,
     .decode_side = decode_side,
-    .steps = {[TQAI_SCALAR] = NULL},
+    .steps = {[TQAI_SCALAR] = NULL, [TQAI_TRELLIS] = &trellis_steps},
 };

@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define TQAI_ABI 3
+#define TQAI_ABI 4
 #define TQAI_PAGE_TOKENS 64
 #define TQAI_MAX_HEAD_DIM 256
 
@@ -35,7 +35,7 @@ enum {
 };
 
 /* How codes become levels (codecs in isa.h). */
-enum { TQAI_SCALAR = 0, TQAI_KINDS = 1 };
+enum { TQAI_SCALAR = 0, TQAI_TRELLIS = 1, TQAI_KINDS = 2 };
 
 /* One side (keys or values) of a page: what core.scalar.ScalarCodec knows, as plain arrays. */
 typedef struct {

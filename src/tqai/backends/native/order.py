@@ -13,9 +13,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from tqai.backends.native import trellis
 from tqai.core.codec import Codec, Encoded
 from tqai.core.packing import pack, unpack
 from tqai.core.page import PAGE_TOKENS, CanonicalPages, PageFormat
+from tqai.core.trellis import TrellisCodec
 
 __all__ = ["from_row_codes", "reordered", "to_row_codes"]
 
@@ -50,6 +52,8 @@ def _planes(bits: int) -> tuple[tuple[int, int], ...]:
 
 def to_row_codes(raw: NDArray[np.uint8], codec: Codec, is_value: bool) -> NDArray[np.uint8]:
     """Canonical codes uint8 `[..., 64, row_bytes]` of codes in physical order, same shape."""
+    if isinstance(codec, TrellisCodec):
+        return trellis.to_row_codes(raw, codec, is_value)
     head_dim, bits = codec.spec.head_dim, codec.spec.bits
     lead = raw.shape[:-2]
     raw = raw.reshape(*lead, -1)
@@ -71,6 +75,8 @@ def to_row_codes(raw: NDArray[np.uint8], codec: Codec, is_value: bool) -> NDArra
 
 def from_row_codes(codes: NDArray[np.uint8], codec: Codec, is_value: bool) -> NDArray[np.uint8]:
     """Inverse of `to_row_codes`."""
+    if isinstance(codec, TrellisCodec):
+        return trellis.from_row_codes(codes, codec, is_value)
     head_dim, bits = codec.spec.head_dim, codec.spec.bits
     rows = unpack(codes, bits, head_dim)
     lead = rows.shape[:-2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tqai.backends.native import trellis
 from tqai.core.codec import Codec
 from tqai.core.page import PageFormat
 from tqai.core.rotation import hadamard_signs
+from tqai.core.trellis import TrellisCodec
 
 __all__ = ["AttendArgs", "Exact", "NativeFormat", "PageFormatStruct", "Source", "native_format", "refusal"]
 
@@ -131,6 +134,8 @@ class NativeFormat:
 def refusal(codec: Codec) -> str | None:
     """Why the kernels do not serve a codec, in a few words; None if they do."""
     spec = codec.spec
+    if isinstance(codec, TrellisCodec):
+        return trellis.refusal(codec)
     if spec.name != "scalar":
         return f"codec {spec.name!r} has no native kernel"
     if spec.bits not in SERVED_BITS:
@@ -193,13 +198,10 @@ def _codec_struct(codec: Codec, terms: int, arrays: list[NDArray[Any]]) -> Codec
         return int(kept.ctypes.data)
 
     spec = codec.spec
-    tables = codec.tables()
-    levels, step = integer_levels(codec, terms)
     rounds = HADAMARD_ROUNDS[spec.rotation]
     matrix = codec.rotation_matrix if rounds == 0 else np.zeros((1, 1))
     signs = hadamard_signs(spec.rotation, spec.head_dim, spec.seed) if rounds else np.zeros((1, 1))
-    of_bytes, byte_step = byte_levels(codec) if spec.bits == 2 else (np.zeros(4), 0.0)
-    return CodecStruct(
+    struct = CodecStruct(
         head_dim=spec.head_dim,
         bits=spec.bits,
         rounds=rounds,
@@ -207,12 +209,25 @@ def _codec_struct(codec: Codec, terms: int, arrays: list[NDArray[Any]]) -> Codec
         signs=keep(signs, np.float32),
         matrix=keep(matrix, np.float32),
         transposed=keep(matrix.T, np.float32),
-        centroids=keep(tables["centroids"], np.float32),
-        boundaries=keep(tables["boundaries"], np.float32),
-        levels=keep(levels, np.int16),
-        level_step=step,
-        largest_sum=(2**31 - 1) / float(np.abs(levels).max()) - BLOCK_TOKENS,
         normaliser=float(spec.head_dim) ** (-rounds / 2),
-        byte_step=byte_step,
-        byte_levels=keep(of_bytes, np.int8) if spec.bits == 2 else None,
     )
+    if isinstance(codec, TrellisCodec):
+        trellis.fill(struct, codec, BLOCK_TOKENS, arrays)
+    else:
+        _fill_scalar(struct, codec, terms, keep)
+    return struct
+
+
+def _fill_scalar(
+    struct: CodecStruct, codec: Codec, terms: int, keep: Callable[[NDArray[Any], type[np.generic]], int]
+) -> None:
+    tables = codec.tables()
+    levels, step = integer_levels(codec, terms)
+    of_bytes, byte_step = byte_levels(codec) if codec.spec.bits == 2 else (np.zeros(4), 0.0)
+    struct.centroids = keep(tables["centroids"], np.float32)
+    struct.boundaries = keep(tables["boundaries"], np.float32)
+    struct.levels = keep(levels, np.int16)
+    struct.level_step = step
+    struct.largest_sum = (2**31 - 1) / float(np.abs(levels).max()) - BLOCK_TOKENS
+    struct.byte_step = byte_step
+    struct.byte_levels = keep(of_bytes, np.int8) if codec.spec.bits == 2 else None

@@ -1,0 +1,193 @@
+"""What do trellis codes cost? Vectors encoded and decoded per second by every backend, and attention on them.
+
+    python benchmarks/trellis.py [--gpu] [--out benchmarks/results/trellis.json]
+
+head_dim 128, one thread. A path is timed only after its codes have core's error to a thousandth (0.3 % on few
+vectors), decode to core's numbers, and attention agrees with float64 to 2e-3. Attention: one layer, batch 1,
+8 KV heads, one new token, 8 or 32 query heads, against scalar codes of the same bits in the same run; times
+are the least of interleaved runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from provenance import provenance
+
+from tqai.backends import load
+from tqai.backends.base import ExactTokens, History
+from tqai.core.codec import CodecSpec, make_codec
+from tqai.core.page import PAGE_TOKENS, PageFormat
+
+DIM, KV_HEADS = 128, 8
+CODECS = ("scalar", "trellis", "trellis256")
+BITS = (2, 3, 4)
+TOLERANCE = 2e-3
+CORE_VECTORS = 128
+
+
+def format_of(name: str, bits: int) -> PageFormat:
+    codec = make_codec(CodecSpec(name, DIM, bits))
+    return PageFormat(codec, codec)
+
+
+def relative_error(vectors: torch.Tensor, decoded: torch.Tensor) -> float:
+    """Mean squared error per unit vector."""
+    error = (vectors.double() - decoded.double()).square().sum(-1) / vectors.double().square().sum(-1)
+    return float(error.mean())
+
+
+def least_seconds(call: Any, seconds: float = 0.6, synchronize: Any = None) -> float:
+    """Least time of repeated calls within a budget."""
+    best, end = np.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        if synchronize is not None:
+            synchronize()
+        best = min(best, time.perf_counter() - start)
+    return float(best)
+
+
+def codes_row(backend: Any, name: str, bits: int, device: str, pages: int) -> dict[str, Any]:
+    """Rates of one backend and codec, after its error has been compared with core's."""
+    page_format = format_of(name, bits)
+    codec = page_format.key
+    vectors = torch.randn(pages, 1, PAGE_TOKENS, DIM, generator=torch.Generator().manual_seed(bits))
+    on_device = vectors.to(device)
+    out = torch.empty(pages, 1, page_format.page_bytes, dtype=torch.uint8, device=device)
+    backend.encode(on_device, on_device, page_format, out)
+    decoded = backend.decode(out, page_format, torch.float32).keys.cpu()
+    encoded = backend.to_canonical(out, page_format).key
+    agree = torch.from_numpy(codec.decode(encoded))
+    assert (agree - decoded).norm() < 1e-5 * agree.norm()
+    some = vectors[: CORE_VECTORS // PAGE_TOKENS]
+    wanted = relative_error(some, torch.from_numpy(codec.decode(codec.encode(some.numpy()))))
+    found = relative_error(some, decoded[: len(some)])
+    assert abs(found / wanted - 1.0) < 3e-3, (name, bits, found, wanted)
+    wait = torch.cuda.synchronize if device == "cuda" else None
+    count = 2 * pages * PAGE_TOKENS
+    encode = least_seconds(lambda: backend.encode(on_device, on_device, page_format, out), synchronize=wait)
+    decode = least_seconds(lambda: backend.decode(out, page_format, torch.float32), synchronize=wait)
+    return {
+        "codec": name,
+        "bits": bits,
+        "vectors_encoded_per_second": round(count / encode),
+        "vectors_decoded_per_second": round(count / decode),
+        "squared_error": round(relative_error(vectors, decoded), 6),
+    }
+
+
+def core_row(name: str, bits: int) -> dict[str, Any]:
+    """The same of the numpy reference."""
+    codec = make_codec(CodecSpec(name, DIM, bits))
+    vectors = np.random.default_rng(0).standard_normal((256, DIM))
+    encoded = codec.encode(vectors)
+    return {
+        "codec": name,
+        "bits": bits,
+        "vectors_encoded_per_second": round(256 / least_seconds(lambda: codec.encode(vectors))),
+        "vectors_decoded_per_second": round(256 / least_seconds(lambda: codec.decode(encoded), 0.2)),
+    }
+
+
+def history_of(backend: Any, page_format: PageFormat, tokens: int) -> History:
+    """Pages whose codes are random bytes and whose scales are 1, one slab."""
+    pages = tokens // PAGE_TOKENS
+    generator = torch.Generator().manual_seed(tokens)
+    slab = torch.randint(
+        0, 256, (pages, KV_HEADS, page_format.page_bytes), dtype=torch.uint8, generator=generator
+    )
+    for at in (page_format.key_scales_at, page_format.value_scales_at):
+        slab[..., at : at + 128] = torch.tensor([0x80, 0x3F], dtype=torch.uint8).repeat(PAGE_TOKENS)
+    addresses = (slab.data_ptr() + torch.arange(pages) * slab.stride(0)).view(1, pages)
+    return History(page_format, [slab], [0], np.arange(pages, dtype=np.int32)[None], addresses)
+
+
+def attention_row(backend: Any, bits: int, tokens: int, group: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a step on each codec, after comparison with float64."""
+    histories = {name: history_of(backend, format_of(name, bits), tokens) for name in CODECS}
+    query = torch.randn(1, KV_HEADS * group, 1, DIM)
+    recent = ExactTokens(*(torch.randn(1, KV_HEADS, 1, DIM) for _ in range(2)))
+
+    def step(history: History) -> torch.Tensor:
+        out: torch.Tensor = backend.attend(query, history, None, recent, None, DIM**-0.5).out
+        return out
+
+    best = dict.fromkeys(CODECS, np.inf)
+    for history in histories.values():
+        check(backend, history, recent, query, step(history))
+    for _ in range(rounds):
+        for name, history in histories.items():
+            start = time.perf_counter()
+            step(history)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {
+        "bits": bits,
+        "tokens": tokens,
+        "query_heads": KV_HEADS * group,
+        **{f"{name}_ms": round(1e3 * best[name], 3) for name in CODECS},
+        **{f"{name}_speed": round(best["scalar"] / best[name], 3) for name in CODECS[1:]},
+    }
+
+
+def check(
+    backend: Any, history: History, recent: ExactTokens, query: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Head 0 against attention in float64 on core's decoding of the same pages."""
+    pages = backend.to_canonical(history.slabs[0][:, :1], history.page_format)
+    keys, values = (
+        torch.cat([torch.from_numpy(codec.decode(part)).reshape(-1, DIM).double(), exact[0, 0].double()])
+        for codec, part, exact in (
+            (history.page_format.key, pages.key, recent.keys),
+            (history.page_format.value, pages.value, recent.values),
+        )
+    )
+    wanted = torch.softmax(query[0, 0].double() @ keys.T * DIM**-0.5, -1) @ values
+    assert (out[0, 0].double() - wanted).norm() < TOLERANCE * wanted.norm()
+
+
+def main() -> None:
+    """Measure and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--gpu", action="store_true", help="codes of the torch backend on the GPU as well")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 32768])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "trellis.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    result: dict[str, Any] = {"provenance": provenance(), "head_dim": DIM, "codes": {}, "attention": {}}
+    codes, attention = result["codes"], result["attention"]
+    native, plain = load("native"), load("torch")
+    best = native.isa
+    for isa in ("avx512", "avx2", "neon", "scalar"):
+        if not native.use_isa(isa):
+            continue
+        few = isa == "scalar"
+        codes[f"native {isa}"] = [
+            codes_row(native, name, bits, "cpu", 2 if few else 4) for name in CODECS for bits in BITS
+        ]
+        attention[f"native {isa}"] = [
+            attention_row(native, bits, tokens, group, max(5, 200_000 // tokens))
+            for tokens in arguments.tokens[: 1 if isa != best else None]
+            for bits in BITS
+            for group in (1, 4)
+        ]
+    native.use_isa(best)
+    codes["torch cpu"] = [codes_row(plain, name, bits, "cpu", 2) for name in CODECS for bits in BITS]
+    if arguments.gpu:
+        codes["torch cuda"] = [codes_row(plain, name, bits, "cuda", 256) for name in CODECS for bits in BITS]
+        result["gpu"] = torch.cuda.get_device_name()
+    codes["core"] = [core_row(name, bits) for name in CODECS for bits in BITS]
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({key: result[key] for key in ("codes", "attention")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
