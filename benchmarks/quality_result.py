@@ -220,7 +220,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     models = list(result["quality"])
     with matplotlib.rc_context({"svg.hashsalt": "tqai", "font.size": 9}):
         figure = Figure(figsize=(3.7 * len(models), 7.4), layout="constrained")
-        panels = figure.subplots(2, len(models), sharey="row", squeeze=False)
+        panels = figure.subplots(2, len(models), sharex=True, sharey="row", squeeze=False)
         for column, model in enumerate(models):
             for line, (title, points) in enumerate(_panels(result["quality"][model])):
                 draw_points(panels[line][column], points, labels=False)
@@ -229,7 +229,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         panels[1][0].set_ylabel("KL, nats per token")
         for column in range(len(models)):
             panels[1][column].set_xlabel("bits per value, all-in, at 8,192 tokens")
-        panels[0][-1].legend(loc="upper right")
+        named = {
+            label: handle
+            for panel in panels.flat
+            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        panels[0][-1].legend(named.values(), named.keys(), loc="upper right")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
 
@@ -238,8 +243,7 @@ def _panels(copies: dict[str, Any]) -> list[tuple[str, list[PlotPoint]]]:
     hard = [rows for copy, rows in copies.items() if copy != "plain"]
     worst = {
         spec: max((rows[spec] for rows in hard if spec in rows), key=lambda row: row["kl_mean"]["value"])
-        for spec in copies["plain"]
-        if any(spec in rows for rows in hard)
+        for spec in dict.fromkeys(spec for rows in hard for spec in rows)
     }
     return [("as trained", _points(copies["plain"])), ("worst of the hard copies", _points(worst))]
 
@@ -249,7 +253,7 @@ def _points(rows: dict[str, Any]) -> list[PlotPoint]:
     for spec, row in rows.items():
         family = row["family"]
         if family == "tqai":
-            if "window=128" not in spec or "log8" not in spec or "trellis256" in spec:
+            if "window=128" not in spec or "offsets=auto" not in spec or "trellis256" in spec:
                 continue
             family = "tqai trellis" if "codec=trellis" in spec else "tqai scalar"
         kl = row["kl_mean"]
