@@ -12,8 +12,6 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-
 from tqai.cli.report import CommandError
 from tqai.config import CacheConfig
 
@@ -119,6 +117,8 @@ class MlxModel:
         self, ids: Any, cache: Any, new_tokens: int, stop: Collection[int]
     ) -> tuple[list[int], float, float]:
         """Most likely tokens after ids, seconds to the first of them and for all others."""
+        import numpy as np
+
         start = time.perf_counter()
         found = [int(self.last_logits(ids, cache).argmax())]
         first = time.perf_counter()
@@ -138,6 +138,7 @@ class MlxModel:
     ) -> list[int]:
         """Tokens after ids as `mlx_lm` generates them, handed to `streamer` as transformers would."""
         import mlx.core as mx
+        import numpy as np
         from mlx_lm.generate import generate_step
         from mlx_lm.sample_utils import make_sampler
 
