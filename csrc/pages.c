@@ -1,4 +1,8 @@
 /* pages.c: encode and decode whole pages, one task per page and head. */
+#if defined(__linux__)
+#define _DEFAULT_SOURCE
+#include <sys/mman.h>
+#endif
 #include <string.h>
 
 #include "isa.h"
@@ -62,6 +66,18 @@ static void decode_task(void *context, int task) {
     }
 }
 
+/* Where much is written at once, such as the pages of a prompt, ask for large memory pages: every later step
+ * reads them all, and a tenth of that time goes into finding small ones. Advice; nothing depends on it. */
+static void advise_large_pages(uint8_t *out, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t large = 2 << 20, begin = ((uintptr_t)out + large - 1) & ~(large - 1);
+    const uintptr_t end = ((uintptr_t)out + (uintptr_t)bytes) & ~(large - 1);
+    if (end > begin) (void)madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)out, (void)bytes;
+#endif
+}
+
 static void spread(job *j, int threads, tqai_task task) {
     const int64_t wanted = threads > 1 ? 8 * (int64_t)threads : 1;
     j->chunk = (j->total + wanted - 1) / wanted;
@@ -78,6 +94,7 @@ int32_t tqai_encode(const tqai_page_format *format, const tqai_source *keys, con
     if (pages == 0) return TQAI_OK;
     job j = {.format = format, .kernels = tqai_chosen(), .keys = keys, .values = values, .pages = out,
              .heads = heads, .total = pages * heads};
+    advise_large_pages(out, j.total * format->page_bytes);
     spread(&j, threads, encode_task);
     return TQAI_OK;
 }
