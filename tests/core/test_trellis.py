@@ -1,4 +1,4 @@
-"""core.trellis against a bit-by-bit reading of docs/format.md, and its measured error; paths of core.viterbi."""
+"""core.trellis against a bit-by-bit reading of docs/format.md, its measured error; paths of core.viterbi."""
 
 import copy
 import math
