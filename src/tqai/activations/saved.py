@@ -46,7 +46,7 @@ def compress_activations(
 
     Args:
         model: a torch model; of a transformers model the decoder layers are covered.
-        bits: bits per saved number, 1 to 8. 8 follows plain training closely; 4 and less are for trying.
+        bits: bits per saved number, 1 to 8. 8 follows plain training, 4 and less do not.
         layers: the modules to cover instead, none of them inside another.
 
     Returns:
