@@ -69,6 +69,10 @@ def merged(study: Study, parts: list[dict[str, Any]]) -> dict[str, Any]:
         "copies": copies,
         "sizes": sizes,
         "quality": quality,
+        "retrieval": [
+            {"model": model, "copy": copy, "cache": spec, **cells}
+            for (model, copy, spec), cells in retrieval.items()
+        ],
         "targets": targets(quality),
         "peers": against_peers(quality),
         "not_measured": failed,

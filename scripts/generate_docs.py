@@ -290,6 +290,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "study-copies": study_tables.copies_table,
     "study-targets": study_tables.targets_table,
     "study-peers": study_tables.peers_table,
+    "study-retrieval": study_tables.retrieval_table,
     "qjl": qjl_table,
     "solvers": solvers_table,
     "activations": activations_table,

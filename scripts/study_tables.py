@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["copies_table", "kl_tables", "peers_table", "targets_table"]
+__all__ = ["copies_table", "kl_tables", "peers_table", "retrieval_table", "targets_table"]
 
 
 def kl_tables(root: Path) -> str:
@@ -57,6 +57,17 @@ def copies_table(root: Path) -> str:
         "",
         "Differences relative to the largest logit, in float32; perplexity of the trained model in brackets.",
     ]
+    return "\n".join(lines)
+
+
+def retrieval_table(root: Path) -> str:
+    """Codes found, by kind."""
+    lines = ["| cache | model | copy | single | multi | lookup |", "|---" * 6 + "|"]
+    for row in sorted(_result(root)["retrieval"], key=lambda row: (row["cache"], row["model"], row["copy"])):
+        found = " | ".join(
+            f"{row[kind]['correct']}/{row[kind]['questions']}" for kind in ("single", "multi", "lookup")
+        )
+        lines.append(f"| {_name(row['cache'])} | {row['model']} | {row['copy']} | {found} |")
     return "\n".join(lines)
 
 
