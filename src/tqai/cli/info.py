@@ -78,17 +78,10 @@ def _cpu_name() -> str:
 def _backends() -> dict[str, dict[str, str | None]]:
     """Per backend, for each device type here: None if it serves the default configuration, else why not."""
     from tqai.backends import BACKENDS, load
-    from tqai.core.codec import CodecSpec, make_codec
-    from tqai.core.page import PageFormat
+    from tqai.cache.page_format import page_format_for
     from tqai.errors import TqaiError
 
-    config = CacheConfig()
-    page_format = PageFormat(
-        *(
-            make_codec(CodecSpec(config.codec, TYPICAL_HEAD_DIM, bits, config.rotation, config.scale))
-            for bits in (config.bits_k, config.bits_v)
-        )
-    )
+    page_format = page_format_for(CacheConfig(), TYPICAL_HEAD_DIM, TYPICAL_HEAD_DIM)
     device_types = list(dict.fromkeys(entry["device"].partition(":")[0] for entry in _devices())) or ["cpu"]
     found: dict[str, dict[str, str | None]] = {}
     for name in BACKENDS:
