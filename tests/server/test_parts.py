@@ -207,6 +207,23 @@ def test_a_prefix_is_its_tokens_and_all_before_them():
     assert cache.evict(1) == 2 and cache.find([*tokens, 5]) == pages[:2], "the later chunk goes first"
 
 
+def test_a_prefix_s_chunk_belongs_to_the_chunks_before_it_and_use_keeps_it():
+    pool = pool_of(8)
+    cache = PrefixCache(pool, 0, PAGE_TOKENS, "K4/V2")
+    a, b, c, d = ([n] * PAGE_TOKENS for n in (1, 2, 3, 4))
+    for tokens in (a + b, c + d):
+        pages = pool.take(2)
+        cache.add(tokens, pages)
+        pool.release(pages)
+    mixed = cache.find([*c, *b, 5])
+    assert mixed == cache.find([*c, 5]) and len(mixed) == 1, "b after c is another prefix than b after a"
+    used = cache.find([*a, *b, 5])
+    for held in (mixed, mixed, used):
+        pool.release(held)
+    assert cache.evict(2) == 2
+    assert cache.find([*a, *b, 5]) == used, "what was used last stays"
+
+
 @pytest.mark.parametrize("dims", [(64, 96), (128, 128)])
 def test_exact_pages_attend_as_plain_attention_does(dims):
     torch.manual_seed(0)
