@@ -92,7 +92,7 @@ def test_kernels_serve_every_pair_of_bits(kernels, case):
 
 
 @needs_compiler
-@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=range(len(SHAPES)))
 @pytest.mark.parametrize("order", [0, 1])
 def test_kernels_serve_other_sizes(kernels, case, order):
     """Head dimensions, query heads per KV head, and threads that run in either order."""
