@@ -69,7 +69,8 @@ def bits_table(root: Path) -> str:
         "",
         f"KL in nats per token against the uncompressed embedded model, {result['documents']} documents of "
         f"{result['tokens']} tokens, prefill {result['prefill_tokens']}, chunks of {result['chunk_tokens']}; "
-        f"calibrated on another part of the text; bits counted at {result['budget_tokens']} tokens of a float32 model. "
+        f"calibrated on another part of the text; bits counted at {result['budget_tokens']} tokens of a "
+        "float32 model. "
         f"{_machine(result)}",
     ]
     return "\n".join(lines)
