@@ -125,12 +125,15 @@ def test_full_queue_and_draining(make_engine):
     with make_engine(max_running=1, max_waiting=1) as engine, serving(engine) as served:
         long = {"model": MODEL, "prompt": "x", "max_tokens": 4000, "stream": True, "ignore_eos": True}
         with served.http.stream("POST", COMPLETIONS, json=long) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # kept: the stream is closed, and the request cancelled, with it
+            next(lines)
             waiting = threading.Thread(
                 target=served.post, args=(COMPLETIONS,), kwargs={"prompt": "y", "max_tokens": 1}
             )
             waiting.start()
+            deadline = time.monotonic() + 30
             while engine.figures().waiting < 1:
+                assert waiting.is_alive() and time.monotonic() < deadline, engine.figures()
                 time.sleep(0.01)
             answer = served.post(COMPLETIONS, prompt="z")
             assert answer.status_code == 429 and int(answer.headers["Retry-After"]) >= 1
