@@ -5,6 +5,7 @@
  * lanes, | lane 0 term 0 | lane 0 term 1 | lane 1 term 0 | lane 1 term 1 |, and they are added pairwise
  * once at the end.
  */
+#define NEON_LANES
 #include <arm_neon.h>
 #include <float.h>
 #include <math.h>

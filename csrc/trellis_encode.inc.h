@@ -98,7 +98,6 @@ static inline __attribute__((always_inline)) int cheapest(const tqai_trellis *t,
 static inline __attribute__((always_inline)) int cheapest(const tqai_trellis *t, const int bits, int inner, int over,
                                                           int base, const uint16_t *from) {
     unsigned best = ~0u;
-#pragma GCC unroll 16
     for (int k = 0; k < 1 << bits; k++) {
         int d = limited16(inner - t->window_levels[base + k] * TARGET_UNITS);
         for (int i = 0; i < doublings_of(bits); i++) d = limited16(2 * d);

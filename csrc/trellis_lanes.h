@@ -36,7 +36,7 @@ static inline lanes l_less(lanes a, lanes b, int doublings) {
     return d;
 }
 static inline lanes l_product(lanes d, lanes over) { return _mm256_mulhi_epi16(d, _mm256_adds_epi16(d, over)); }
-#elif defined(__aarch64__)
+#elif defined(NEON_LANES) /* by kernels_neon.c alone: kernels_scalar.c is plain C on Arm too */
 #define LANES 8
 typedef uint16x8_t lanes;
 static inline lanes l_load(const uint16_t *p) { return vld1q_u16(p); }

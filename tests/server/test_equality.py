@@ -12,7 +12,7 @@ from tqai.integrations.transformers import TurboQuantCache
 LENGTHS = (1, 5, 63, 64, 65, 100, 128, 129, 200, 255, 256, 257, 300, 320, 400, 513)
 
 
-def requests_of(document_ids, count, new_tokens=(3, 5)):
+def requests_of(document_ids, count, new_tokens=(8, 10)):
     wanted = []
     for index in range(count):
         start, length = 37 * index, LENGTHS[index % len(LENGTHS)]

@@ -158,9 +158,14 @@ def test_an_unexpected_error_tells_nothing(served, monkeypatch):
 
 def test_metrics_count(served):
     served.post(COMPLETIONS, prompt="x", max_tokens=3, temperature=0, ignore_eos=True)
-    text = served.http.get("/metrics").text
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     label = f'{{model_name="{MODEL}"}}'
+    deadline = time.monotonic() + 30
+    while True:  # the answer may be sent a moment before its request is counted as ended
+        text = served.http.get("/metrics").text
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        if float(values[f"tqai:num_requests_running{label}"]) == 0 or time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
     assert float(values[f"tqai:generation_tokens_total{label}"]) >= 3
     assert float(values[f"tqai:time_to_first_token_seconds_count{label}"]) >= 1
     assert float(values[f"tqai:num_requests_running{label}"]) == 0
