@@ -12,6 +12,7 @@ import httpx
 import uvicorn
 
 from tqai.server.api.app import create_app
+from tqai.server.api.lifecycle import config_for
 from tqai.server.api.settings import ApiSettings
 from tqai.server.engine.engine import Engine
 
@@ -35,6 +36,11 @@ class Served:
     engine: Engine
     http: httpx.Client
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        return self.http.base_url.host, self.http.base_url.port or 80
+
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(path, json={"model": MODEL, **body})
 
@@ -55,7 +61,7 @@ def serving(engine: Engine, **settings: Any) -> Iterator[Served]:
         port = listener.getsockname()[1]
         settings = {"model_name": MODEL, "chat_template": TOOL_TEMPLATE, **settings}
         app = create_app(engine, ApiSettings(**settings))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        server = uvicorn.Server(config_for(app, "127.0.0.1", port))
         listener.listen(256)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -1,15 +1,19 @@
 """Requests that go wrong, go away or are cancelled leave the others alone and their pages behind."""
 
+import asyncio
+import json
+import socket
 import threading
 import time
 
-import httpx
 import pytest
 import torch
 from engine_runs import Outcome, finished, request, run, run_one
 from serving import MODEL, serving
 
 from tqai.errors import ConfigError, InputError
+from tqai.server.api.app import create_app
+from tqai.server.api.settings import ApiSettings
 from tqai.server.engine.engine import Draining, PromptTooLong, QueueFull
 from tqai.server.engine.sequence import RequestFailed
 
@@ -80,8 +84,39 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_goes_on(make_engin
         assert finished(run_one(engine, request(document_ids[:70], max_tokens=5)))
 
 
-def test_cancelled_requests_give_their_pages_back_within_a_step(make_engine, document_ids):
+class Steps:
+    """Counts, per cancelled request, the decode steps that begin between `cancel` and its end."""
+
+    def __init__(self, engine, monkeypatch):
+        self.after_cancel: dict[int, int] = {}
+        self._cancelled: dict[int, int] = {}
+        self._begun = 0
+        decode, cancel, finish = engine.scheduler.runner.decode, engine.cancel, engine.scheduler._on_finished
+
+        def decoded(*arguments):
+            self._begun += 1
+            return decode(*arguments)
+
+        def cancelled(sequence):
+            with engine._changed:
+                self._cancelled.setdefault(sequence.number, self._begun)
+                cancel(sequence)
+
+        def finished(sequence):
+            assert sequence.pages == [] and sequence not in engine.scheduler.running
+            with engine._changed:
+                if sequence.number in self._cancelled:
+                    self.after_cancel[sequence.number] = self._begun - self._cancelled[sequence.number]
+            finish(sequence)
+
+        monkeypatch.setattr(engine.scheduler.runner, "decode", decoded)
+        monkeypatch.setattr(engine, "cancel", cancelled)
+        monkeypatch.setattr(engine.scheduler, "_on_finished", finished)
+
+
+def test_cancelled_requests_give_their_pages_back_within_a_step(make_engine, document_ids, monkeypatch):
     with make_engine(max_running=3) as engine:
+        steps = Steps(engine, monkeypatch)
         outcomes = [Outcome() for _ in range(5)]
         sequences = [
             engine.submit(request(document_ids[n : n + 200], max_tokens=4000), outcome.events.append)
@@ -90,39 +125,69 @@ def test_cancelled_requests_give_their_pages_back_within_a_step(make_engine, doc
         wait_for(lambda: all(len(outcome.tokens) > 2 for outcome in outcomes[:3]))
         engine.cancel(sequences[4])  # waits
         engine.cancel(sequences[1])  # runs
-        wait_for(lambda: sequences[1].outcome is not None)
-        steps = engine.scheduler.counters.decode_steps
-        assert sequences[1].pages == [] and isinstance(outcomes[1].end, RequestFailed)
-        assert outcomes[1].end.cancelled
+        wait_for(lambda: sequences[1].outcome is not None and sequences[4].outcome is not None)
+        assert isinstance(outcomes[1].end, RequestFailed) and outcomes[1].end.cancelled
         wait_for(lambda: len(outcomes[3].tokens) > 0)
-        assert engine.scheduler.counters.decode_steps >= steps
         assert not outcomes[4].tokens
         for sequence in sequences:
             engine.cancel(sequence)
+        assert engine.wait_idle(60)
+    assert len(steps.after_cancel) == 5 and max(steps.after_cancel.values()) <= 1, steps.after_cancel
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_cancels_its_request(make_engine, stream):
+def test_a_client_that_goes_away_cancels_its_request(make_engine, monkeypatch, stream, path):
     with make_engine() as engine, serving(engine) as served:
-        body = {
-            "model": MODEL,
-            "prompt": "x " * 100,
-            "max_tokens": 5000,
-            "stream": stream,
-            "ignore_eos": True,
-        }
+        steps = Steps(engine, monkeypatch)
+        body = {"model": MODEL, "stream": stream}
+        if path == "/v1/completions":
+            body |= {"prompt": "x " * 100, "max_tokens": 5000, "ignore_eos": True}
+        elif path == "/v1/chat/completions":
+            messages = [{"role": "user", "content": "x " * 100}]
+            body |= {"messages": messages, "max_tokens": 5000, "ignore_eos": True}
+        else:
+            body |= {"input": "x " * 100, "max_output_tokens": 5000, "temperature": 0}
+            monkeypatch.setattr(engine, "end_tokens", frozenset())
         if stream:
-            with served.http.stream("POST", "/v1/completions", json=body) as answer:
+            with served.http.stream("POST", path, json=body) as answer:
                 lines = answer.iter_lines()  # kept: the stream is closed, and the request cancelled, with it
                 next(lines)
-                assert engine.figures().request_pages > 0
+                wait_for(lambda: engine.figures().request_pages > 0)
         else:
-            with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{served.url}/v1/completions", json=body, timeout=1.0)
-        wait_for(lambda: engine.figures().running == 0)
+            # the connection is cut once the request runs, however long that takes
+            with socket.create_connection(served.address) as plain:
+                content = json.dumps(body).encode()
+                head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                plain.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+                wait_for(lambda: engine.figures().request_pages > 0)
+        assert engine.wait_idle(60)
         assert engine.figures().request_pages == 0
         assert engine.scheduler.counters.generated_tokens < 4000
+        assert list(steps.after_cancel) == [1] and steps.after_cancel[1] <= 1, steps.after_cancel
         assert served.post("/v1/completions", prompt="x", max_tokens=1).status_code == 200
+
+
+def test_a_client_that_goes_before_its_stream_begins_cancels_it(make_engine):
+    """The head of the answer is still on its way out when the connection ends."""
+    with make_engine() as engine:
+        app = create_app(engine, ApiSettings(model_name=MODEL))
+        body = {"model": MODEL, "prompt": "x", "max_tokens": 5000, "stream": True, "ignore_eos": True}
+        messages = [{"type": "http.request", "body": json.dumps(body).encode()}, {"type": "http.disconnect"}]
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+        scope |= {"query_string": b"", "raw_path": b"/v1/completions", "root_path": "", "scheme": "http"}
+        scope |= {"http_version": "1.1", "server": ("x", 1), "client": ("y", 2), "asgi": {"version": "3.0"}}
+
+        async def receive():
+            return messages.pop(0)
+
+        async def send(message):
+            await asyncio.sleep(3600)
+
+        asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
+        assert engine.wait_idle(60)
+        assert engine.scheduler.counters.generated_tokens < 4000
 
 
 def test_a_long_prompt_delays_a_running_request_by_one_chunk_at_a_time(make_engine, document_ids):

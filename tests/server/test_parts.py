@@ -233,7 +233,7 @@ def test_exact_pages_attend_as_plain_attention_does(dims):
     pool = PagePool([codes], (shape,), 5, torch.device("cpu"))
     ids = [4, 0, 2]
     pool.slabs[0].fill_(255)
-    pool.slabs[0][torch.tensor(ids)] = codes.encode(keys, values)
+    codes.store(keys, values, pool.slabs[0], torch.tensor(ids))
     table = PageTable([ids, ids[:1]], torch.device("cpu"))
     from tqai.backends.base import ExactTokens
 

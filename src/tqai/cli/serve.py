@@ -164,6 +164,10 @@ def serve(
     template = None if chat_template is None else _read(chat_template, "--chat-template")
     pool_bytes = None if max_kv_memory is None else parse_bytes(max_kv_memory, "--max-kv-memory")
     body_bytes = parse_bytes(max_body, "--max-body")
+
+    from tqai.server.api.allocator import use_few_arenas
+
+    use_few_arenas()
     loaded = load_model(model, device, dtype)
 
     from tqai.server.api.app import create_app

@@ -12,4 +12,5 @@ chat.py, completions.py, responses.py, service.py   the routes
 metrics.py      Prometheus metrics
 app.py          puts it together
 lifecycle.py    uvicorn, signals, draining
+allocator.py    glibc's arenas
 """

@@ -72,7 +72,7 @@ def router_for(context: Context) -> APIRouter:
         if body.stream:
             stack = AsyncExitStack()
             generation = await stack.enter_async_context(generating(context, requests))
-            return await event_stream(generation, stack, _chunks(context, body, use, generation, identity))
+            return event_stream(stack, _chunks(context, body, use, generation, identity))
         collected = await collect(context, requests, http)
         choices, ends = [], []
         for index, found in enumerate(collected):

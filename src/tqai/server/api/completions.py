@@ -48,9 +48,8 @@ def router_for(context: Context) -> APIRouter:
         if body.stream:
             stack = AsyncExitStack()
             generation = await stack.enter_async_context(generating(context, requests))
-            return await event_stream(
-                generation, stack, _chunks(context, body, prompts, requests, generation, identity)
-            )
+            chunks = _chunks(context, body, prompts, requests, generation, identity)
+            return event_stream(stack, chunks)
         collected = await collect(context, requests, http)
         choices, ends = [], []
         for index, (request, found) in enumerate(zip(requests, collected, strict=True)):

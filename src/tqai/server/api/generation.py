@@ -46,6 +46,9 @@ async def generating(context: Context, requests: list[GenerationRequest]) -> Asy
     Raises:
         ApiError: a request is not taken: 400, 429 when the queue is full, 503 when draining.
     """
+    most = context.engine.settings.max_running + context.engine.settings.max_waiting
+    if len(requests) > most:
+        raise ApiError(400, f"{len(requests)} outputs at a time: this server takes at most {most}", "n")
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
     sequences: list[Sequence] = []

@@ -16,7 +16,7 @@ from sse_starlette.sse import AppStatus
 
 from tqai.server.engine.engine import Engine
 
-__all__ = ["DrainingServer", "is_loopback", "serve"]
+__all__ = ["DrainingServer", "config_for", "is_loopback", "serve"]
 
 logger = logging.getLogger("tqai.server")
 
@@ -55,19 +55,24 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(app: FastAPI, engine: Engine, host: str, port: int, grace_seconds: float) -> None:
-    """Serve until a signal; see the module's text."""
-    config = uvicorn.Config(
+def config_for(app: FastAPI, host: str, port: int) -> uvicorn.Config:
+    """How uvicorn serves `app`: without its name in the answers, with heads of at most 64 KiB."""
+    return uvicorn.Config(
         app,
         host=host,
         port=port,
+        http="h11",
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=64 << 10,
     )
+
+
+def serve(app: FastAPI, engine: Engine, host: str, port: int, grace_seconds: float) -> None:
+    """Serve until a signal; see the module's text."""
     try:
-        DrainingServer(config, engine, grace_seconds).run()
+        DrainingServer(config_for(app, host, port), engine, grace_seconds).run()
     finally:
         engine.stop()

@@ -60,7 +60,7 @@ def router_for(context: Context) -> APIRouter:
         if body.stream:
             stack = AsyncExitStack()
             generation = await stack.enter_async_context(generating(context, [request]))
-            return await event_stream(generation, stack, _events(answer, use, generation), done=None)
+            return event_stream(stack, _events(answer, use, generation), done=None)
         (found,) = await collect(context, [request], http)
         assert found.end is not None
         text, calls = found.text, list[tuple[str, str]]()

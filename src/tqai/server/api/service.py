@@ -82,7 +82,7 @@ def router_for(context: Context, metrics: Metrics) -> APIRouter:
             "version": tqai.__version__,
             "model": settings.model_name,
             "cache": engine.settings.label,
-            "backend": engine.store.codes[0].name if engine.store.codes else "",
+            "backend": ", ".join(dict.fromkeys(codes.name for codes in engine.store.codes)),
             "max_running": engine.settings.max_running,
             "max_model_len": engine.max_model_len,
             "page_tokens": 64,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
 
 from tqai.server.api.context import Context
 from tqai.server.api.errors import ApiError, error_body
-from tqai.server.api.generation import Generation
 from tqai.server.api.schemas import CachedTokens, TokenLogprob, TopLogprob, Usage
 from tqai.server.engine.sampling import Chosen
 from tqai.server.engine.sequence import Finished
@@ -51,9 +51,20 @@ def _one(context: Context, token: int, logprob: float) -> TopLogprob:
     return TopLogprob(token=text, logprob=max(logprob, -9999.0), bytes=list(text.encode("utf-8", "replace")))
 
 
-async def event_stream(
-    generation: Generation,
-    stack: Any,
+class _Stream(EventSourceResponse):
+    """Leaves `stack` at the end, also where the client has gone before the first event was asked for."""
+
+    def __init__(self, stack: AsyncExitStack, content: AsyncIterator[ServerSentEvent]) -> None:
+        super().__init__(content, ping=PING_SECONDS, sep="\n")
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            await super().__call__(scope, receive, send)
+
+
+def event_stream(
+    stack: AsyncExitStack,
     body: AsyncIterator[str | tuple[str, str]],
     done: str | None = "[DONE]",
 ) -> EventSourceResponse:
@@ -63,7 +74,7 @@ async def event_stream(
     """
 
     async def events() -> AsyncIterator[ServerSentEvent]:
-        async with stack, aclosing(body) as texts:  # type: ignore[type-var]
+        async with aclosing(body) as texts:  # type: ignore[type-var]
             try:
                 async for item in texts:
                     name, text = item if isinstance(item, tuple) else (None, item)
@@ -78,7 +89,7 @@ async def event_stream(
             if done is not None:
                 yield ServerSentEvent(data=done)
 
-    return EventSourceResponse(events(), ping=PING_SECONDS, sep="\n")
+    return _Stream(stack, events())
 
 
 def _text(body: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ logger = logging.getLogger("tqai.server")
 
 SHARE_OF_FREE_MEMORY = {"cuda": 0.85, "cpu": 0.4}
 LONGEST_WITHOUT_A_LIMIT = 32768
+FAILED = "the server failed on this request"
 
 
 class QueueFull(TqaiError):
@@ -92,9 +93,9 @@ class Engine:
         )
         self._incoming: deque[Sequence] = deque()
         self._changed = threading.Condition()
-        self._in_flight = 0
         self._numbers = 0
         self._draining = self._stopping = False
+        self._open: dict[int, Sequence] = {}
         self._thread: threading.Thread | None = None
         self._torch_threads = torch.get_num_threads()
 
@@ -119,15 +120,15 @@ class Engine:
         with self._changed:
             if self._draining or self._stopping:
                 raise Draining("the server is shutting down")
-            if self._in_flight >= self.settings.max_running + self.settings.max_waiting:
-                raise QueueFull(f"{self._in_flight} requests are in work or waiting")
+            if len(self._open) >= self.settings.max_running + self.settings.max_waiting:
+                raise QueueFull(f"{len(self._open)} requests are in work or waiting")
             self._numbers += 1
             # without a seed every request draws differently, yet reproducibly from the engine's seed
             fallback = self.settings.seed * 1_000_003 + self._numbers
             sequence = Sequence(
                 self._numbers, request, emit, self.tokenizer, self.end_tokens, fallback, constraint
             )
-            self._in_flight += 1
+            self._open[sequence.number] = sequence
             self._incoming.append(sequence)
             self._changed.notify_all()
         return sequence
@@ -172,7 +173,7 @@ class Engine:
     def wait_idle(self, timeout: float | None = None) -> bool:
         """Wait until nothing is in flight; False after `timeout` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._in_flight == 0, timeout)
+            return self._changed.wait_for(lambda: not self._open, timeout)
 
     def stop(self) -> None:
         """End the thread; requests in flight fail."""
@@ -205,7 +206,7 @@ class Engine:
         held += len(active) * store.exact_bytes // (self.settings.max_running + 1)
         return EngineFigures(
             running=len(active),
-            waiting=max(self._in_flight - len(active), 0),
+            waiting=max(len(self._open) - len(active), 0),
             pages=store.pool.pages,
             used_pages=store.pool.used,
             request_pages=request_pages,
@@ -220,11 +221,26 @@ class Engine:
 
     def _finished(self, sequence: Sequence) -> None:
         with self._changed:
-            self._in_flight -= 1
+            self._open.pop(sequence.number, None)
             self._changed.notify_all()
-        self.on_finished(sequence)
+        try:
+            self.on_finished(sequence)
+        except Exception:
+            logger.exception("the end of request %d could not be noted", sequence.number)
 
     def _run(self) -> None:
+        try:
+            self._step_until_stopped()
+        except Exception:
+            logger.critical("the engine has ended: not even giving requests up works", exc_info=True)
+            with self._changed:
+                self._stopping = True
+                left, self._open = list(self._open.values()), {}
+                self._changed.notify_all()
+            for sequence in left:
+                sequence.fail(FAILED)
+
+    def _step_until_stopped(self) -> None:
         torch.set_num_threads(self._torch_threads)
         while True:
             with self._changed:
@@ -237,7 +253,7 @@ class Engine:
                 self.scheduler.step()
             except Exception:
                 logger.exception("a step of the engine failed; every request in it is given up")
-                self.scheduler.fail_all("the server failed on this request")
+                self.scheduler.fail_all(FAILED)
         while self._incoming:
             self.scheduler.add(self._incoming.popleft())
         self.scheduler.fail_all("the server was stopped", cancelled=True)

@@ -8,6 +8,7 @@ the uncompressed mode that the compressed one is compared with:
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,17 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tqai.backends import resolve
+from tqai.backends import load, resolve
 from tqai.backends.base import Attended, ExactTokens, History
 from tqai.backends.torch_ops.attention import attend as attend_exact
 from tqai.cache.layer import page_format_for
 from tqai.config import CacheConfig
 from tqai.core.page import PAGE_TOKENS
+from tqai.errors import BackendError
 from tqai.server.engine.model import LayerShape
 
 __all__ = ["CodedPages", "ExactPages", "PageCodes", "PageTable", "page_codes_for"]
 
 Array = Any
+logger = logging.getLogger("tqai.server")
+CONVERTED_PAGES = 256
+"""Pages that change their byte order at a time."""
 
 
 class PageTable:
@@ -59,10 +64,13 @@ class PageCodes(Protocol):
     """Pages of one layer. The slab is uint8 `[pages, kv_heads, page_bytes]`."""
 
     page_bytes: int
-    name: str
 
-    def encode(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Pages uint8 `[pages, kv_heads, page_bytes]` of `[pages, kv_heads, 64, head_dim]`."""
+    @property
+    def name(self) -> str:
+        """What computes on them."""
+
+    def store(self, keys: Tensor, values: Tensor, slab: Tensor, ids: Tensor) -> None:
+        """Encode `[pages, kv_heads, 64, head_dim]` into the pages `ids` of the slab."""
 
     def attend(
         self,
@@ -79,21 +87,31 @@ class PageCodes(Protocol):
 
 
 class CodedPages:
-    """Compressed pages."""
+    """Compressed pages. A backend that fails at run time is replaced, with a warning, by the torch backend;
+    the codes are kept."""
 
     def __init__(
         self, config: CacheConfig, shape: LayerShape, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.page_format = page_format_for(config, shape.key_dim, shape.value_dim)
-        choice = resolve(self.page_format, device.type, str(dtype).removeprefix("torch."), config.backend)
-        self.backend, self.name = choice.backend, choice.backend.name
+        dtype_name = str(dtype).removeprefix("torch.")
+        self.backend = resolve(self.page_format, device.type, dtype_name, config.backend).backend
         self.page_bytes = self.page_format.page_bytes
 
-    def encode(self, keys: Tensor, values: Tensor) -> Tensor:
-        """See `PageCodes.encode`."""
+    @property
+    def name(self) -> str:
+        """Of the backend."""
+        return self.backend.name
+
+    def store(self, keys: Tensor, values: Tensor, slab: Tensor, ids: Tensor) -> None:
+        """See `PageCodes.store`."""
         out = torch.empty((*keys.shape[:2], self.page_bytes), dtype=torch.uint8, device=keys.device)
-        self.backend.encode(keys, values, self.page_format, out)
-        return out
+        try:
+            self.backend.encode(keys, values, self.page_format, out)
+        except BackendError as error:
+            self._fall_back(error, slab)
+            self.backend.encode(keys, values, self.page_format, out)
+        slab.index_copy_(0, ids, out)
 
     def attend(
         self,
@@ -112,7 +130,22 @@ class CodedPages:
         addresses = table.on_device * (slab.shape[1] * self.page_bytes) + slab.data_ptr()
         counts = None if table.dense else table.counts
         history = History(self.page_format, (slab,), (0,), table.ids, addresses, 0, counts)
-        return self.backend.attend(query, history, sinks, recent, mask, scaling, softcap)
+        arguments = (query, history, sinks, recent, mask, scaling, softcap)
+        try:
+            return self.backend.attend(*arguments)
+        except BackendError as error:
+            self._fall_back(error, slab)
+            return self.backend.attend(*arguments)
+
+    def _fall_back(self, error: BackendError, slab: Tensor) -> None:
+        failed, torch_backend = self.backend, load("torch")
+        if failed is torch_backend:
+            raise error
+        logger.warning("backend %s failed (%s); a layer goes on with torch, slower", failed.name, error)
+        for part in slab.split(CONVERTED_PAGES):
+            pages = failed.to_canonical(part, self.page_format)
+            part.copy_(torch.from_numpy(torch_backend.from_canonical(pages, self.page_format)))
+        self.backend = torch_backend
 
 
 class ExactPages:
@@ -125,10 +158,10 @@ class ExactPages:
         self.shape, self.dtype, self.with_lse = shape, dtype, with_lse
         self.page_bytes = PAGE_TOKENS * (shape.key_dim + shape.value_dim) * dtype.itemsize
 
-    def encode(self, keys: Tensor, values: Tensor) -> Tensor:
-        """See `PageCodes.encode`."""
+    def store(self, keys: Tensor, values: Tensor, slab: Tensor, ids: Tensor) -> None:
+        """See `PageCodes.store`."""
         parts = [part.flatten(2).contiguous() for part in (keys, values)]
-        return torch.cat(parts, dim=-1).view(torch.uint8)
+        slab.index_copy_(0, ids, torch.cat(parts, dim=-1).view(torch.uint8))
 
     def attend(
         self,

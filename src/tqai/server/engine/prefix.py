@@ -31,11 +31,12 @@ class PrefixCache:
         self.pool, self.first, self.chunk_tokens = pool, first, chunk_tokens
         self._root = hashlib.sha256(settings.encode()).digest()
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._pages = 0
 
     @property
     def pages(self) -> int:
-        """Pages that the cache holds."""
-        return sum(len(entry.pages) for entry in self._entries.values())
+        """Pages that the cache holds. May be asked for from any thread."""
+        return self._pages
 
     @property
     def evictable(self) -> int:
@@ -69,6 +70,7 @@ class PrefixCache:
             own = pages[index * per_chunk : (index + 1) * per_chunk]
             self.pool.hold(own)
             self._entries[key] = _Entry(own)
+            self._pages += len(own)
             fresh.append(key)
         for key in reversed(fresh):
             self._entries.move_to_end(key)
@@ -85,6 +87,7 @@ class PrefixCache:
                 self.pool.release(entry.pages)
                 del self._entries[key]
                 freed += len(entry.pages)
+        self._pages -= freed
         return freed
 
     def clear(self) -> None:
@@ -92,6 +95,7 @@ class PrefixCache:
         for entry in self._entries.values():
             self.pool.release(entry.pages)
         self._entries.clear()
+        self._pages = 0
 
     def _keys(self, tokens: list[int], limit: int) -> list[bytes]:
         """One key per complete chunk within the first `limit` tokens; each covers all tokens before."""

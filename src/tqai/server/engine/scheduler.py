@@ -141,7 +141,8 @@ class Scheduler:
         if self.pool.free + self.prefixes.evictable < later + len(self.running):
             self.pool.release(found)
             return False
-        self.waiting.popleft()
+        # from here on whatever fails finds the request, and its pages, where it looks for them
+        self.prefilling, sequence.pages = self.waiting.popleft(), found
         self._make_room(missing)
         sequence.pages = found + self.pool.take(missing)
         sequence.computed = self.store.sinks + len(found) * 64 if found else 0
@@ -152,7 +153,6 @@ class Scheduler:
             if shares:
                 self.counters.prefix_queried_tokens += sequence.prompt_tokens
                 self.counters.prefix_hit_tokens += sequence.cached_tokens
-        self.prefilling = sequence
         return True
 
     def _next_chunk(self, sequence: Sequence) -> tuple[int, int]:
@@ -200,6 +200,17 @@ class Scheduler:
         rows = list(self.running)
         if not rows:
             return
+        try:
+            logits = self._decode_rows(rows, new_pages)
+        except Exception:
+            logger.exception("a decode step of %d requests failed; each is tried alone", len(rows))
+            for sequence in rows:
+                self._decode_alone(sequence, new_pages)
+            return
+        self._advance(rows, logits, new_pages)
+
+    def _decode_rows(self, rows: list[Sequence], new_pages: dict[int, int]) -> Tensor:
+        """Logits of the next token of the first `rows` of the running requests. Can be repeated."""
         step = DecodeStep(
             self.store,
             [
@@ -207,20 +218,30 @@ class Scheduler:
                 for sequence in rows
             ],
         )
-        try:
-            logits = self.runner.decode(
-                step,
-                [sequence.tokens[sequence.computed] for sequence in rows],
-                [sequence.computed for sequence in rows],
-            )
-        except Exception:
-            logger.exception("a decode step of %d requests failed", len(rows))
-            self.pool.release(list(new_pages.values()))
-            for sequence in rows:
-                sequence.fail(INTERNAL_ERROR)
-                self._remove(sequence)
-            return
+        tokens = [sequence.tokens[sequence.computed] for sequence in rows]
+        logits = self.runner.decode(step, tokens, [sequence.computed for sequence in rows])
         self.counters.decode_steps += 1
+        return logits
+
+    def _decode_alone(self, sequence: Sequence, new_pages: dict[int, int]) -> None:
+        """One step of one of the running requests, which fails alone if it does."""
+        slot = self.running.index(sequence)
+        if slot:
+            self.store.swap_slots(0, slot)
+            self.running[0], self.running[slot] = sequence, self.running[0]
+        try:
+            logits = self._decode_rows([sequence], new_pages)
+        except Exception:
+            logger.exception("request %d failed", sequence.number)
+            if sequence.number in new_pages:
+                self.pool.release([new_pages[sequence.number]])
+            sequence.fail(INTERNAL_ERROR)
+            self._remove(sequence)
+            return
+        self._advance([sequence], logits, new_pages)
+
+    def _advance(self, rows: list[Sequence], logits: Tensor, new_pages: dict[int, int]) -> None:
+        """What a decode step of `rows` means for them."""
         sampled = []
         for index, sequence in enumerate(rows):
             if sequence.number in new_pages:

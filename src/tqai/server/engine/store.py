@@ -92,9 +92,15 @@ class TokenStore:
             for part in layer:
                 part[target].copy_(part[source])
 
+    def swap_slots(self, one: int, other: int) -> None:
+        """Exchange the exact tokens of two slots."""
+        for layer in self.exact:
+            for part in layer:
+                part[[one, other]] = part[[other, one]]
+
     def store_pages(self, layer: int, keys: Tensor, values: Tensor, ids: Tensor) -> None:
         """Encode `[pages, kv_heads, 64, head_dim]` into the pages `ids`."""
-        self.pool.slabs[layer].index_copy_(0, ids, self.codes[layer].encode(keys, values))
+        self.codes[layer].store(keys, values, self.pool.slabs[layer], ids)
 
 
 @dataclass(frozen=True)
