@@ -292,6 +292,8 @@ INLINE void values_column(const int16_t *units, int stride, const int16_t *w, in
     }
 }
 
+#include "trellis_avx2.inc.h"
+
 #define KERNELS tqai_kernels_avx2
 #define KERNELS_NAME "avx2"
 #include "generic.inc.h"
@@ -313,7 +315,8 @@ static int in_registers(const tqai_codec *codec) { return codec->kind == TQAI_SC
 
 static void key_dots(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
                      const int16_t *q, int rows, int32_t *dots) {
-    if (!in_registers(codec)) key_dots_unpacked(codec, codes, next, pages, q, rows, dots);
+    if (codec->kind == TQAI_TRELLIS) BY_ROWS(keys, trellis, codec, codes, next, pages, q, dots);
+    else if (!in_registers(codec)) key_dots_unpacked(codec, codes, next, pages, q, rows, dots);
     else
         for (int page = 0; page < pages; page++)
             BY_BITS(keys, codec, codes[page], next[page], q, dots + TQAI_PAGE_TOKENS * page);
@@ -321,7 +324,8 @@ static void key_dots(const tqai_codec *codec, const uint8_t *const *codes, const
 
 static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
                        const int16_t *w, const float *step, int rows, float *acc) {
-    if (!in_registers(codec)) value_sums_unpacked(codec, codes, next, pages, w, step, rows, acc);
+    if (codec->kind == TQAI_TRELLIS) BY_ROWS(values, trellis, codec, codes, next, pages, w, step, acc);
+    else if (!in_registers(codec)) value_sums_unpacked(codec, codes, next, pages, w, step, rows, acc);
     else BY_BITS(values, codec, codes, next, pages, w, step, acc);
 }
 

@@ -22,17 +22,31 @@
 
 #include "tqai.h"
 
+#define TQAI_TRELLIS_INDEX_BITS(bits) ((bits) == 4 ? 7 : 6)
+
 /* tqai_codec.tables of the kind TQAI_TRELLIS. */
 typedef struct {
     int32_t state_bits;            /* 6 or 8 */
-    int32_t index_bits;            /* 6 or 7 */
+    int32_t index_bits;            /* TQAI_TRELLIS_INDEX_BITS(bits) */
     float per_deviation;           /* sqrt(head_dim) / step: levels per coordinate of a unit vector */
     const int8_t *levels;          /* [128], of which 2^index_bits are used */
     const uint8_t *window_index;   /* [2^L]: m of every window */
     const int8_t *window_levels;   /* [2^L + 8]: levels[m], and what may be read beyond */
     const float *values;           /* [2^L]: the coordinate of every window */
     const uint64_t *matrices;      /* [8 u][3]: A, B, C; byte 7 - j is row j */
+    const uint8_t *nibbles;        /* [8 u][4][16]: what the nibbles of a window add to its index, see below */
+    const int8_t *nibble_levels;   /* [8 u][128]: level of such an index */
 } tqai_trellis;
+
+/* The same window nibble by nibble, counted from nibble (bits * u) / 4 of the eight coordinates' bytes: how many
+ * it has, and which of them maps to itself, to bits 0 to 3 of the index (a basis of the indices of its own for
+ * every u makes that so); -1: none does. */
+static inline int tqai_trellis_nibbles(int bits, int state_bits, int u) { return (bits * u % 4 + state_bits + bits + 3) / 4; }
+
+static inline int tqai_trellis_direct(int bits, int state_bits, int u) {
+    if (state_bits != 6 || (bits == 2 && u % 2)) return -1;
+    return (bits * u % 4 + state_bits + bits) / 4 - 1; /* the last whole one */
+}
 
 static inline int tqai_trellis_row_bytes(const tqai_codec *codec) { return codec->head_dim * codec->bits / 8; }
 

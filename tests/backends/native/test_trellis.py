@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tqai.backends.base import ExactTokens
-from tqai.backends.native.trellis import byte_maps, from_row_codes, to_row_codes
+from tqai.backends.native.trellis import byte_maps, from_row_codes, nibble_maps, nibbles_of, to_row_codes
 from tqai.cache.layer import page_format_for
 from tqai.config import CacheConfig
 from tqai.core.codec import CodecSpec, make_codec
@@ -105,6 +105,9 @@ def test_paths_are_as_cheap_as_those_of_core(native, name, bits, count):
         ("trellis", 4, 3, 256, 64),
         ("trellis256", 3, 3, 80, 64),
         ("trellis256", 4, 1, 64, 16),
+        ("trellis", 2, 3, 32, 80),
+        ("trellis256", 1, 3, 16, 16),
+        ("trellis256", 2, 1, 256, 80),
     ],
 )
 def test_attention(each_isa, name, bits_k, bits_v, key_dim, value_dim, history, attention64):
@@ -156,6 +159,28 @@ def test_maps_of_bytes_make_the_index_of_a_window(state_bits, bits):
             for j in range(8):
                 index ^= (matrix >> (8 * (7 - j)) & octet & 0xFF).bit_count() % 2 << j
         assert index == int(code.mixed(np.array([window]))[0])
+
+
+@pytest.mark.parametrize("state_bits", [6, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_maps_of_nibbles_lead_to_the_level_of_a_window(state_bits, bits):
+    code = trellis_code(state_bits, bits)
+    assert len(code.rows) == (7 if bits == 4 else 6)  # TQAI_TRELLIS_INDEX_BITS
+    maps, levels = nibble_maps(code)
+    string = int.from_bytes(
+        np.random.default_rng(bits).integers(0, 256, 16, dtype=np.uint8).tobytes(), "little"
+    )
+    for u in range(8):
+        shift, count, direct = nibbles_of(bits, state_bits, u)
+        first = (bits * u - shift) // 4
+        index = 0
+        for j in range(count):
+            nibble = string >> (4 * (first + j)) & 15
+            assert j != direct or maps[u, j, nibble] == nibble
+            index ^= int(maps[u, j, nibble])
+        window = string >> (bits * u) & ((1 << code.window_bits) - 1)
+        assert levels[u, index] == code.window_levels[window]
+        assert not maps[u, count:].any()
 
 
 @pytest.mark.parametrize("dim", [48, 72, 288])

@@ -41,6 +41,8 @@ class TrellisTables(ctypes.Structure):
         ("window_levels", _pointer),
         ("values", _pointer),
         ("matrices", _pointer),
+        ("nibbles", _pointer),
+        ("nibble_levels", _pointer),
     ]
 
 
@@ -76,6 +78,7 @@ def trellis_tables(codec: TrellisCodec, arrays: list[Any]) -> TrellisTables:
     windows = np.arange(1 << code.window_bits)
     # the kernels read whole registers
     levels = np.pad(code.levels, (0, 128 - len(code.levels)))
+    nibbles, nibble_levels = nibble_maps(code)
     return TrellisTables(
         state_bits=code.state_bits,
         index_bits=len(code.rows),
@@ -85,6 +88,8 @@ def trellis_tables(codec: TrellisCodec, arrays: list[Any]) -> TrellisTables:
         window_levels=keep(np.pad(code.window_levels, (0, 8)), np.int8),
         values=keep(codec.tables()["windows"], np.float32),
         matrices=keep(byte_maps(code), np.uint64),
+        nibbles=keep(nibbles, np.uint8),
+        nibble_levels=keep(nibble_levels, np.int8),
     )
 
 
@@ -103,6 +108,59 @@ def byte_maps(code: TrellisCode) -> NDArray[np.uint64]:
             for i in range(SPREAD_BYTES):
                 maps[u, i] |= np.uint64((spread >> (8 * i) & 0xFF) << (8 * (7 - j)))
     return maps
+
+
+def nibbles_of(bits: int, state_bits: int, u: int) -> tuple[int, int, int]:
+    """Of the window of coordinate 8 a + u: its first bit in its first nibble, how many nibbles it lies in,
+    and which of them maps to itself (-1: none). As in csrc/trellis.h."""
+    shift = bits * u % 4
+    end = shift + state_bits + bits
+    direct = -1 if state_bits != 6 or (bits == 2 and u % 2) else end // 4 - 1
+    return shift, -(-end // 4), direct
+
+
+def nibble_maps(code: TrellisCode) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
+    """What the nibbles of a window make of it, uint8 `[8, 4, 16]`, and the levels int8 `[8, 128]` of the
+    exclusive or of that: the index of its level in a basis of coordinate 8 a + u's own, in which one nibble
+    is the low four bits as it stands.
+
+    >>> from tqai.core.trellis_code import trellis_code
+    >>> maps, levels = nibble_maps(trellis_code(6, 4))
+    >>> bool((maps[0, 1] == range(16)).all())
+    True
+    """
+    maps = np.zeros((8, 4, 16), dtype=np.uint8)
+    levels = np.zeros((8, 128), dtype=np.int8)
+    index_bits, inside = len(code.rows), (1 << code.window_bits) - 1
+    for u in range(8):
+        shift, count, direct = nibbles_of(code.bits, code.state_bits, u)
+        indices = [
+            code.mixed(
+                ((np.arange(16) << (4 * j)) >> shift if j == 0 else np.arange(16) << (4 * j - shift)) & inside
+            )
+            for j in range(count)
+        ]
+        basis = [int(indices[direct][1 << i]) for i in range(4)] if direct >= 0 else []
+        # every index of the basis so far, and what is still outside of it
+        reached = _sums(basis)
+        for i in range(index_bits):
+            if len(reached) < 1 << index_bits and 1 << i not in reached:
+                basis.append(1 << i)
+                reached = _sums(basis)
+        renamed = np.zeros(1 << index_bits, dtype=np.uint8)
+        renamed[reached] = np.arange(1 << index_bits)
+        for j, index in enumerate(indices):
+            maps[u, j] = renamed[index]
+        levels[u, : 1 << index_bits] = code.levels[reached]
+    return maps, levels
+
+
+def _sums(basis: list[int]) -> list[int]:
+    """Entry x: the exclusive or of the basis vectors that the bits of x choose."""
+    sums = [0]
+    for vector in basis:
+        sums += [other ^ vector for other in sums]
+    return sums
 
 
 @lru_cache(maxsize=16)
