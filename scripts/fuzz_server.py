@@ -4,7 +4,8 @@
 
 Serves the embedded model in this process, lets schemathesis generate valid and invalid requests from the
 served OpenAPI schema for every operation, and writes what was answered to
-benchmarks/results/serve_fuzz.json. Any 5xx, and any answer outside the schema, ends it with exit code 1.
+benchmarks/results/serve_fuzz.json. Any 5xx, any answer outside the schema, and any page that is not given
+back ends it with exit code 1. The same seed generates the same requests with the same versions.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import json
 import logging
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "serve_fuzz.json"
 LEAST_CASES = 5000
+EXAMPLES = 40
+"""Valid and as many invalid requests per operation and seed."""
+PACKAGES = ("schemathesis", "hypothesis", "fastapi", "pydantic", "uvicorn", "sse-starlette")
 sys.path[:0] = [str(ROOT / "tests" / "server"), str(ROOT / "benchmarks")]
 
 
@@ -31,7 +36,7 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
 
-    from fuzz import fuzz
+    from fuzz import CHECKS, fuzz
     from provenance import provenance
     from serving import serving
 
@@ -45,7 +50,7 @@ def main() -> int:
     started, seed = time.time(), options.seed
     with serving(engine, max_output_tokens=5) as served:
         while sum(counts.values()) < options.cases:
-            for case, count in fuzz(served.url, 40, seed).items():
+            for case, count in fuzz(served.url, EXAMPLES, seed).items():
                 counts[case] = counts.get(case, 0) + count
             seed += 1
             print(f"{sum(counts.values())} cases, {time.time() - started:.0f} s", flush=True)
@@ -58,7 +63,12 @@ def main() -> int:
         "cases": sum(counts.values()),
         "seconds": time.time() - started,
         "first_seed": options.seed,
+        "last_seed": seed - 1,
+        "examples_per_seed": EXAMPLES,
+        "checks": [check.__name__ for check in CHECKS],
+        "tools": {package: version(package) for package in PACKAGES},
         "server_errors": sum(count for (_, _, status), count in counts.items() if status >= 500),
+        "schema_violations": 0,  # the first one ends the run
         "leaked_pages": leaked,
         "answers": [
             {"operation": operation, "requests": kind, "status": status, "count": count}

@@ -50,6 +50,7 @@ class Gate:
             if message["type"] != "http.request" or not message.get("more_body", False):
                 break
         if too_long:
+            await _discard(receive, messages, limit)
             body = error_body(413, f"the body is longer than {limit} bytes")
             await JSONResponse(body, 413, {"Connection": "close"})(scope, receive, send)
             return
@@ -64,6 +65,15 @@ class Gate:
         given = _digest(key.strip())
         known = [hmac.compare_digest(given, digest) for digest in self._digests]
         return any(known) and scheme.lower() == b"bearer"
+
+
+async def _discard(receive: Receive, read: list[Message], most: int) -> None:
+    """Read on for at most so many bytes: a client that is still sending would see a broken connection in
+    place of the answer."""
+    message = read[-1] if read else {"type": "http.request", "more_body": True}
+    while most > 0 and message["type"] == "http.request" and message.get("more_body", False):
+        message = await receive()
+        most -= len(message.get("body", b"")) or 1
 
 
 def _digest(key: bytes) -> bytes:
