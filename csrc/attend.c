@@ -1,8 +1,10 @@
 /* attend.c: one attention step over packed history and exact tokens (flash decoding).
  *
- * The pages of a sequence are split into parts. Tasks, in this order:
+ * The pages of a sequence are split into parts by their number alone, so that its result has the same bits
+ * whatever the number of threads and whatever else is in the batch. Tasks, in this order:
  *
- *   history   one part of the pages, for a group of heads (all of them where there are pages enough)
+ *   history   one part of the pages, for a group of heads (all of them where there are tasks enough); a thread
+ *             goes from part to part of the same heads (spread.c)
  *   last      one per sequence and head: the exact tokens, then, when all parts of the history are done,
  *             the merge: parts add up in the rotated space, are rotated back once, joined with the exact
  *             part, normalised and written in the query's dtype
@@ -15,7 +17,7 @@
 
 #include "job.h"
 #include "layout.h"
-#include "pool.h"
+#include "spread.h"
 
 #define TASKS_PER_THREAD 4
 
@@ -108,8 +110,8 @@ static void clear(const job *j, const place *at) {
 }
 
 static void history_task(const job *j, int task) {
-    const int heads = j->args->kv_heads, group = task % j->head_groups, batch = task / j->head_groups % j->args->batch;
-    const int part = task / j->head_groups / j->args->batch;
+    const int heads = j->args->kv_heads, part = task % j->history_parts, group = task / j->history_parts % j->head_groups;
+    const int batch = task / j->history_parts / j->head_groups;
     const int first = heads * group / j->head_groups, last = heads * (group + 1) / j->head_groups;
     for (int head = first; head < last; head++) {
         const place at = tqai_place_of(j, batch, head, part);
@@ -163,16 +165,19 @@ static int32_t check(const tqai_attend_args *a) {
     return TQAI_OK;
 }
 
-/* Parts of the history and groups of heads: enough tasks to keep the threads busy to the end, and no more
+/* Parts of the history, and groups of heads: enough tasks to keep the threads busy to the end, and no more
  * heads apart than that takes, as all heads of a page lie side by side. */
 static void divide(job *j, int threads) {
     const tqai_attend_args *a = j->args;
-    const int wanted = threads == 1 ? 1 : (TASKS_PER_THREAD * threads + a->batch - 1) / a->batch;
-    const int most = (a->pages + BLOCK_PAGES - 1) / BLOCK_PAGES;
-    j->history_parts = wanted < most ? wanted : most;
+    j->history_parts = 0;
+    for (int b = 0; b < a->batch; b++) {
+        const int parts = tqai_parts(tqai_pages_of(j, b));
+        if (parts > j->history_parts) j->history_parts = parts; /* those that a sequence lacks stay empty */
+    }
     j->head_groups = 1;
-    if (j->history_parts > 0) {
-        j->head_groups = (wanted + j->history_parts - 1) / j->history_parts;
+    if (j->history_parts > 0 && threads > 1) {
+        const int tasks = j->history_parts * a->batch;
+        j->head_groups = (TASKS_PER_THREAD * threads + tasks - 1) / tasks;
         if (j->head_groups > a->kv_heads) j->head_groups = a->kv_heads;
     }
     j->parts = j->history_parts + (a->exact[0].tokens + a->exact[1].tokens > 0 || j->history_parts == 0);
@@ -196,7 +201,7 @@ int32_t tqai_attend(const tqai_attend_args *a) {
     j.rotated = (atomic_int *)(j.factor + queries);
     j.finished = j.rotated + pairs;
     for (int i = 0; i < 2 * pairs; i++) atomic_init(&j.rotated[i], 0);
-    tqai_parallel(threads, j.history_parts * j.head_groups * a->batch + pairs, run_task, &j);
+    tqai_spread(threads, j.history_parts * j.head_groups * a->batch, pairs, run_task, &j);
     free(memory);
     return TQAI_OK;
 }

@@ -37,7 +37,7 @@ case $machine in
     ;;
   *) define= ;;
 esac
-for name in attend dispatch history pages pool query kernels_scalar; do compile "$root/csrc/$name.c" $define; done
+for name in attend dispatch history pages pool query spread kernels_scalar; do compile "$root/csrc/$name.c" $define; done
 compile "$root/tests/csrc/check_native.c"
 "$cc" $flags $last "$out"/*.o -lm -lpthread -o "$out/check"
 $run "$out/check" "$seed" "$seconds"

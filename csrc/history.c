@@ -15,9 +15,9 @@ typedef struct {
     int pages;
 } block;
 
-static block block_at(const job *j, int batch, int first_head, int start, int end) {
+static block block_at(const job *j, int batch, int first_head, int start, int pages) {
     const int64_t *addresses = j->args->addresses + batch * j->args->address_stride;
-    block b = {.pages = end - start < BLOCK_PAGES ? end - start : BLOCK_PAGES};
+    block b = {.pages = pages - start < BLOCK_PAGES ? pages - start : BLOCK_PAGES};
     for (int p = 0; p < b.pages; p++)
         b.page[p] = (const uint8_t *)(intptr_t)addresses[start + p] + first_head * j->args->format->page_bytes;
     return b;
@@ -66,12 +66,13 @@ static void head_block(const job *j, const place *at, const uint8_t *const *page
 void tqai_history_part(const job *j, int batch, int first_head, int last_head, int part) {
     const tqai_attend_args *a = j->args;
     const int64_t record = a->format->page_bytes;
-    const int heads = last_head - first_head, pages = a->counts ? a->counts[batch] : a->pages;
-    const int begin = (int)((int64_t)pages * part / j->history_parts);
-    const int end = (int)((int64_t)pages * (part + 1) / j->history_parts);
-    block now = block_at(j, batch, first_head, begin, end);
+    const int heads = last_head - first_head, pages = tqai_pages_of(j, batch), size = tqai_part_pages(pages);
+    const int begin = part * size < pages ? part * size : pages;
+    const int end = pages - begin < size ? pages : begin + size;
+    block now = block_at(j, batch, first_head, begin, pages);
     for (int start = begin; start < end; start += BLOCK_PAGES) {
-        const block next = start + BLOCK_PAGES < end ? block_at(j, batch, first_head, start + BLOCK_PAGES, end) : now;
+        /* beyond this part lies the next one, which the same thread takes as a rule (spread.c) */
+        const block next = start + BLOCK_PAGES < pages ? block_at(j, batch, first_head, start + BLOCK_PAGES, pages) : now;
         const int64_t column = a->exact[0].tokens + (int64_t)start * TQAI_PAGE_TOKENS - a->first_token;
         int to_page = 0, to_head = 0; /* the record to prefetch next */
         for (int h = 0; h < heads; h++) {

@@ -12,6 +12,8 @@
 
 #include "isa.h"
 
+#define MOST_PARTS 32
+
 typedef struct {
     const tqai_attend_args *args;
     const tqai_kernels *kernels;
@@ -40,6 +42,20 @@ void tqai_rotate_queries(const job *j, const place *at);
 
 /* Mask bytes of `row` at column `column`, or null. */
 const uint8_t *tqai_mask_at(const job *j, const place *at, int row, int64_t column);
+
+static inline int tqai_pages_of(const job *j, int batch) { return j->args->counts ? j->args->counts[batch] : j->args->pages; }
+
+/* Pages of each part of a history: whole blocks, and at most MOST_PARTS parts. */
+static inline int tqai_part_pages(int pages) {
+    int size = BLOCK_PAGES;
+    while (pages > MOST_PARTS * size) size *= 2;
+    return size;
+}
+
+static inline int tqai_parts(int pages) {
+    const int size = tqai_part_pages(pages);
+    return (pages + size - 1) / size;
+}
 
 /* One part of the history for heads first_head .. last_head - 1 of a sequence. */
 void tqai_history_part(const job *j, int batch, int first_head, int last_head, int part);

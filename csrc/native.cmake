@@ -4,7 +4,7 @@
 set(common -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra)
 
 add_library(tqai_native SHARED
-  csrc/attend.c csrc/dispatch.c csrc/history.c csrc/pages.c csrc/pool.c csrc/query.c csrc/kernels_scalar.c)
+  csrc/attend.c csrc/dispatch.c csrc/history.c csrc/pages.c csrc/pool.c csrc/query.c csrc/spread.c csrc/kernels_scalar.c)
 set_target_properties(tqai_native PROPERTIES
   PREFIX "" OUTPUT_NAME "_tqai_native" C_STANDARD 11 C_EXTENSIONS ON C_VISIBILITY_PRESET hidden)
 target_compile_options(tqai_native PRIVATE ${common})

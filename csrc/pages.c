@@ -7,7 +7,7 @@
 
 #include "isa.h"
 #include "layout.h"
-#include "pool.h"
+#include "spread.h"
 
 typedef struct {
     const tqai_page_format *format;
@@ -81,7 +81,7 @@ static void advise_large_pages(uint8_t *out, int64_t bytes) {
 static void spread(job *j, int threads, tqai_task task) {
     const int64_t wanted = threads > 1 ? 8 * (int64_t)threads : 1;
     j->chunk = (j->total + wanted - 1) / wanted;
-    tqai_parallel(threads, (int)((j->total + j->chunk - 1) / j->chunk), task, j);
+    tqai_spread(threads, (int)((j->total + j->chunk - 1) / j->chunk), 0, task, j);
 }
 
 int32_t tqai_encode(const tqai_page_format *format, const tqai_source *keys, const tqai_source *values,

@@ -1,4 +1,8 @@
-/* pool.c: threads that wait for work, first spinning for some microseconds, then asleep.
+/* pool.c: threads that wait for work, first spinning for some microseconds, then asleep; or those of the host's
+ * OpenMP runtime (tqai_use_team), which wait for work between the host's own operations anyway: threads of our
+ * own would have to take the cores from them each time.
+ *
+ * Of our own threads:
  *
  * A job is published in one 64-bit word, so that a worker that comes late can only ever claim a task of
  * the job whose fields it has read:
@@ -12,12 +16,14 @@
  */
 #define _GNU_SOURCE
 #include "pool.h"
+#include "tqai.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #define relax() _mm_pause()
@@ -39,6 +45,9 @@ static uint64_t job_number;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+typedef void (*team_function)(void (*)(void *), void *, unsigned, unsigned);
+static _Atomic(team_function) team;
 
 static int left(uint64_t word) { return (word & 0xFFFFF) < ((word >> 20) & 0xFFFFF); }
 
@@ -82,6 +91,7 @@ static void *worker_main(void *argument) {
 }
 
 static void after_fork(void) {
+    atomic_store(&team, (team_function)NULL); /* its threads are not in the child, and it may not know */
     workers = 0;
     job_number++;
     atomic_store(&ticket, job_number << 40);
@@ -92,6 +102,54 @@ static void after_fork(void) {
 }
 
 static void prepare(void) { pthread_atfork(NULL, NULL, after_fork); }
+
+void tqai_use_team(void *gomp_parallel) {
+    pthread_once(&once, prepare);
+    atomic_store(&team, (team_function)(uintptr_t)gomp_parallel);
+}
+
+/* A team ends together: where other programs want the cores too, a call waits for a thread that has yet to be
+ * given one, some milliseconds, long after all tasks are done. Our own threads are not waited for, so after such a
+ * call they do the next few. Only touched by the holder of `busy`. */
+#define LONG_WAIT_NS 500000
+#define MOST_CALLS_WITHOUT_TEAM 256
+static int without_team, next_without_team = 8; /* calls; twice as many each time it happens again */
+
+typedef struct {
+    atomic_int next;
+    _Atomic int64_t ran_out_ns; /* when a thread first found no task left */
+    int tasks;
+    tqai_task task;
+    void *context;
+} team_job;
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void team_main(void *context) {
+    team_job *j = context;
+    for (int i; (i = atomic_fetch_add(&j->next, 1)) < j->tasks;) j->task(j->context, i);
+    if (atomic_load(&j->ran_out_ns) == 0) atomic_store(&j->ran_out_ns, now_ns());
+}
+
+/* 0: not on the host's threads this time. */
+static int on_team(int threads, int tasks, tqai_task task, void *context) {
+    const team_function host = atomic_load(&team);
+    if (!host || (without_team > 0 && without_team--)) return 0;
+    team_job j = {.tasks = tasks, .task = task, .context = context};
+    atomic_init(&j.next, 0);
+    atomic_init(&j.ran_out_ns, 0);
+    const int64_t begin = now_ns();
+    host(team_main, &j, (unsigned)threads, 0); /* a smaller team than the host's own would end threads */
+    const int64_t end = now_ns(), waited = end - atomic_load(&j.ran_out_ns);
+    const int long_wait = waited > LONG_WAIT_NS && 2 * waited > end - begin;
+    without_team = long_wait ? next_without_team : 0;
+    next_without_team = !long_wait ? 8 : next_without_team < MOST_CALLS_WITHOUT_TEAM ? 2 * next_without_team : next_without_team;
+    return 1;
+}
 
 static void start_workers(int wanted) {
     pthread_once(&once, prepare);
@@ -111,6 +169,10 @@ static void start_workers(int wanted) {
 void tqai_parallel(int threads, int tasks, tqai_task task, void *context) {
     if (threads <= 1 || tasks <= 1 || tasks > MAX_TASKS || atomic_flag_test_and_set(&busy)) {
         for (int i = 0; i < tasks; i++) task(context, i);
+        return;
+    }
+    if (on_team(threads, tasks, task, context)) {
+        atomic_flag_clear(&busy);
         return;
     }
     const int helpers = (threads < tasks ? threads : tasks) - 1;

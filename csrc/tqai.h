@@ -103,6 +103,9 @@ TQAI_API int32_t tqai_abi(void);
 TQAI_API const char *tqai_isa(void);
 /* Use that instruction set from now on. TQAI_BAD_SIZE if this machine or build has not got it. */
 TQAI_API int32_t tqai_set_isa(const char *name);
+/* Run on the threads of the host's OpenMP runtime from now on: the address of its GOMP_parallel (libgomp's, or
+ * that of a runtime that offers the same), or null for threads of our own. A forked child has its own again. */
+TQAI_API void tqai_use_team(void *gomp_parallel);
 TQAI_API int32_t tqai_attend(const tqai_attend_args *args);
 /* Encode [pages][heads][64][head_dim] into out [pages][heads][page_bytes]. */
 TQAI_API int32_t tqai_encode(const tqai_page_format *format, const tqai_source *keys,

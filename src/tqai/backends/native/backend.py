@@ -22,6 +22,7 @@ from tqai.backends.native.checks import (
 from tqai.backends.native.library import load_library
 from tqai.backends.native.order import from_row_codes, reordered, to_row_codes
 from tqai.backends.native.structs import AttendArgs, Source, native_format, refusal
+from tqai.backends.native.team import gomp_parallel
 from tqai.backends.torch_ops.attention import within_counts
 from tqai.core.page import CanonicalPages, PageFormat, pages_from_bytes, pages_to_bytes
 
@@ -48,6 +49,7 @@ class NativeBackend:
         self._library = load_library()
         self._attend = self._library.tqai_attend
         self._local = threading.local()
+        self.use_own_threads(False)
 
     @property
     def isa(self) -> str:
@@ -57,6 +59,12 @@ class NativeBackend:
     def use_isa(self, name: str) -> bool:
         """Compute with that instruction set from now on; False if this machine or build has not got it."""
         return int(self._library.tqai_set_isa(name.encode())) == 0
+
+    def use_own_threads(self, own: bool) -> None:
+        """Compute on threads of our own from now on, or, if there are such, on torch's (`team.py`)."""
+        use_team = getattr(self._library, "tqai_use_team", None)
+        if use_team is not None:  # a library that has not got it yet has its own
+            use_team(ctypes.c_void_p(None if own else gomp_parallel()))
 
     def refuses(self, page_format: PageFormat, device_type: str, dtype: str) -> str | None:
         """See `Backend.refuses`."""
