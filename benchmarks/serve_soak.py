@@ -38,6 +38,8 @@ PORT = 8741
 CLIENTS = 24
 MAX_RUNNING, MAX_WAITING = 8, 8
 MAX_BODY = 256 << 10
+POOL = "5MiB"
+"""Less than the running requests want at times: some are preempted, and prefixes evicted."""
 GROWTH_BYTES = 16 << 20
 LEAST_SECONDS = 600
 """Shorter runs are all warm-up: each of the server's threads allocates for the first time."""
@@ -58,7 +60,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.core is not None:
         os.sched_setaffinity(0, {options.core})
-    command = [sys.executable, "-m", "tqai", "serve", "--port", str(PORT), "--max-kv-memory", "12MiB"]
+    command = [sys.executable, "-m", "tqai", "serve", "--port", str(PORT), "--max-kv-memory", POOL]
     command += [
         "--max-running",
         str(MAX_RUNNING),
