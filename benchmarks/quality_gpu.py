@@ -1,93 +1,86 @@
 """What makes the study fast on a GPU, and changes no result.
 
-* The torch form of the trellis codec searches for paths in thousands of small kernels; here one Triton kernel
-  does the same search, one program per vector, and is checked against the torch form before it is used.
+* The torch form of the trellis codec searches for paths in thousands of small kernels; here one CUDA kernel
+  does the same search, one block per vector, and is checked against the torch form before it is used.
 * optimum-quanto compiles an extension at its first use, in every process; shifts in torch do the same.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 TOLERANCE = 1e-4  # of the squared error of the paths, relative
+SHARED_BYTES = 48 * 1024
+
+SOURCE = """
+// The cheapest path of one vector per block, one thread per state: window w leads from state w % STATES to
+// state w / CHOICES. ways[step][state] in shared memory: by which choice a state was reached.
+extern "C" __global__ void search(const float* targets, const float* levels, const long long* ends,
+                                  long long* windows) {
+    __shared__ float sums[2][STATES];
+    __shared__ float wanted[STEPS];
+    __shared__ unsigned char ways[STEPS][STATES];
+    const long long row = blockIdx.x;
+    const int state = threadIdx.x;
+    float values[CHOICES];
+    for (int c = 0; c < CHOICES; ++c) values[c] = levels[state * CHOICES + c];
+    for (int i = state; i < STEPS; i += STATES) wanted[i] = targets[row * STEPS + i];
+    const int end = CLOSED ? (int)ends[row] : 0;
+    sums[0][state] = !CLOSED || state == end ? 0.0f : 1e30f;
+    __syncthreads();
+    for (int step = 0; step < STEPS; ++step) {
+        const float target = wanted[step];
+        float best = 3e38f;
+        int by = 0;
+        for (int c = 0; c < CHOICES; ++c) {
+            const float error = values[c] - target;
+            const float cost = sums[step & 1][(state * CHOICES + c) & (STATES - 1)] + error * error;
+            if (cost < best) {
+                best = cost;
+                by = c;
+            }
+        }
+        sums[(step + 1) & 1][state] = best;
+        ways[step][state] = by;
+        __syncthreads();
+    }
+    if (state != 0) return;
+    int now = end;
+    if (!CLOSED) {
+        for (int s = 1; s < STATES; ++s)
+            if (sums[STEPS & 1][s] < sums[STEPS & 1][now]) now = s;
+    }
+    for (int step = STEPS - 1; step >= 0; --step) {
+        const int window = now * CHOICES + ways[step][now];
+        windows[row * STEPS + step] = window;
+        now = window & (STATES - 1);
+    }
+}
+"""
 
 
-@triton.jit
-def _search(
-    targets,
-    levels,
-    ends,
-    ways,
-    windows,
-    steps: tl.constexpr,
-    STATES: tl.constexpr,
-    CHOICES: tl.constexpr,
-    CLOSED: tl.constexpr,
-):
-    """The cheapest path of one vector: window w leads from state w % STATES to state w // CHOICES.
-
-    ways is [rows, steps, STATES] uint8: by which choice a state was reached.
-    """
-    HIGH: tl.constexpr = STATES // CHOICES
-    row = tl.program_id(0).to(tl.int64)
-    a = tl.arange(0, CHOICES)[:, None, None]
-    b = tl.arange(0, HIGH)[None, :, None]
-    c = tl.arange(0, CHOICES)[None, None, :]
-    values = tl.load(levels + a * STATES + b * CHOICES + c)
-    squares = values * values
-    state = tl.arange(0, HIGH)[:, None] * CHOICES + tl.arange(0, CHOICES)[None, :]
-    sums = tl.zeros([HIGH, CHOICES], dtype=tl.float32)
-    end = 0
-    if CLOSED:
-        end = tl.load(ends + row).to(tl.int32)
-        sums = tl.where(state == end, 0.0, 1e30)
-    reached = tl.arange(0, CHOICES)[:, None] * HIGH + tl.arange(0, HIGH)[None, :]
-    for step in range(steps):
-        target = tl.load(targets + row * steps + step)
-        cost = squares - 2.0 * target * values + sums[None, :, :]
-        best = tl.min(cost, axis=2)
-        by = tl.argmin(cost, axis=2)
-        tl.store(ways + (row * steps + step) * STATES + reached, by.to(tl.uint8))
-        least = tl.min(tl.min(best, axis=1), axis=0)
-        sums = tl.reshape(best - least, [HIGH, CHOICES])
-    tl.debug_barrier()
-    now = end
-    if not CLOSED:
-        flat = tl.reshape(sums, [STATES])
-        now = tl.argmin(flat, axis=0).to(tl.int32)
-    for back in range(steps):
-        step = steps - 1 - back
-        by = tl.load(ways + (row * steps + step) * STATES + now).to(tl.int32)
-        window = now * CHOICES + by
-        tl.store(windows + row * steps + step, window.to(tl.int64))
-        now = window % STATES
+@cache
+def _kernel(states: int, choices: int, steps: int, closed: bool) -> Any:
+    macros = {"STATES": states, "CHOICES": choices, "STEPS": steps, "CLOSED": int(closed)}
+    lines = "".join(f"#define {name} {value}\n" for name, value in macros.items())
+    return torch.cuda._compile_kernel(lines + SOURCE, "search")
 
 
 def search(form: Any, targets: Tensor, ends: Tensor | None) -> Tensor:
     """`TorchTrellisCodec._path`, by one kernel."""
     rows, steps = targets.shape
     states = 1 << form.state_bits
+    if steps * (states + 4) + 8 * states > SHARED_BYTES:
+        raise RuntimeError(f"{steps} steps of {states} states do not fit the kernel's shared memory")
     windows = torch.empty((rows, steps), dtype=torch.int64, device=targets.device)
     if rows:
-        ways = torch.empty((rows, steps, states), dtype=torch.uint8, device=targets.device)
+        run = _kernel(states, 1 << form.bits, steps, ends is not None)
         given = windows if ends is None else ends.contiguous()
-        _search[(rows,)](
-            targets.contiguous(),
-            form.levels,
-            given,
-            ways,
-            windows,
-            steps,
-            STATES=states,
-            CHOICES=1 << form.bits,
-            CLOSED=ends is not None,
-            num_warps=4 if states > 64 else 1,
-        )
+        run((rows, 1, 1), (states, 1, 1), [targets.contiguous(), form.levels, given, windows])
     return windows
 
 

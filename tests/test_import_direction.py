@@ -10,6 +10,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "tqai"
 # Room -> height. A room imports rooms of less height, and itself.
 HEIGHTS = {
     "errors": 0,
+    "presets": 0,
     "config": 1,
     "core": 2,
     "backends": 3,
@@ -26,7 +27,7 @@ HEIGHTS = {
 # Rooms of one height do not know each other, except these.
 SIDEWAYS = {("integrations", "quantizers")}
 FRAMEWORKS = {"torch", "transformers", "mlx", "mlx_lm", "triton", "cuda"}
-FRAMEWORK_FREE = {"errors", "config", "core"}
+FRAMEWORK_FREE = {"errors", "presets", "config", "core"}
 
 
 def imported_modules(code: str) -> set[str]:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from tqai.errors import ConfigError
+from tqai.presets import NAMED_PRESETS, PRESETS, STUDY_PRESETS
 
-__all__ = ["PRESETS", "STUDY_PRESETS", "CacheConfig", "TurboQuantConfig"]
+__all__ = [
+    "DEFAULT_PRESET",
+    "FALLBACK_PRESET",
+    "NAMED_PRESETS",
+    "PRESETS",
+    "STUDY_PRESETS",
+    "CacheConfig",
+    "TurboQuantConfig",
+]
+
+logger = logging.getLogger("tqai")
 
 STRATEGIES = ("auto", "residual", "full", "incremental")
 ROTATIONS = ("auto", "haar", "hadamard", "hadamard2", "identity")
@@ -20,33 +32,20 @@ MAX_WINDOW_TOKENS = 1 << 20
 RESIDUAL_STRATEGY_TOKENS = 128
 MAX_SKETCH_BITS = 4096
 
-PRESETS: Mapping[str, tuple[int, int]] = {
-    "K4/V2": (4, 2),
-    "K3/V2": (3, 2),
-    "K3/V3": (3, 3),
-    "K4/V3": (4, 3),
-    "K4/V4": (4, 4),
-}
-"""Preset name -> (bits_k, bits_v). The first is the default."""
+DEFAULT_PRESET = "K4/V2"
+"""What a cache is made with where nobody says how to compress (`CacheConfig.asked`)."""
+FALLBACK_PRESET = "K4/V2"
+"""And where what serves the cache does not serve that; every part of tqai serves this one."""
 
-STUDY_PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "kv-only": {},
-    "kv+hidden8": {"compress_hidden": True, "bits_hidden": 8},
-    "kv+hidden6": {"compress_hidden": True, "bits_hidden": 6},
-    "kv+ffn8": {"compress_ffn": True, "bits_ffn": 8},
-    "all8": {"compress_hidden": True, "bits_hidden": 8, "compress_ffn": True, "bits_ffn": 8},
-    "all6": {"compress_hidden": True, "bits_hidden": 6, "compress_ffn": True, "bits_ffn": 6},
-    "aggressive": {
-        "bits_k": 3,
-        "bits_v": 2,
-        "compress_hidden": True,
-        "bits_hidden": 6,
-        "compress_ffn": True,
-        "bits_ffn": 6,
-    },
-}
-"""Presets that also round activations (`tqai.activations`): name -> fields of `CacheConfig`. Only the
-cache saves memory; rounding activations shows how sensitive a model is."""
+COMPRESSION_FIELDS = frozenset(
+    {
+        *("bits_k", "bits_v", "layer_bits", "last_layer_bits", "bits_budget", "budget_tokens"),
+        *("codec", "rotation", "rotation_v", "scale", "scale_format", "offsets"),
+        *("sink_tokens", "residual_window", "use_qjl", "qjl_sketch_size"),
+    }
+)
+"""Fields that say how tokens are compressed. To give one of them is to give up the default preset."""
+MOST_TRELLIS_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,10 @@ class CacheConfig:
             1/32 off their energy; "off". Frozen from the tokens compressed first (`cache.offsets`).
         scale_format: "bfloat16", 16 bits per vector, or "log8", 8 bits and 16 bytes per page of both sides
             (`core.log_scale`): 0.055 bits per value less at head_dim 128, for 0.00016 of the energy.
-        layer_bits: (bits_k, bits_v) of every layer of the cache, instead of one pair for all.
+        layer_bits: (bits_k, bits_v) of every layer of the cache, instead of one pair for all. A layer with
+            more than 4 bits on either side is coded by "scalar" where `codec` is a trellis.
+        last_layer_bits: (bits_k, bits_v) of the last attention layer alone: nothing after it makes good
+            what it loses (docs/quality.md has what that is worth).
         bits_budget: bits per value, all-in at `budget_tokens` tokens, within which each layer gets 2, 3 or
             4 bits for keys and for values by what its first prefill shows (`cache.first_prefill`).
         budget_tokens: the context at which the budget counts window, sinks and tables, 64 to 2**30.
@@ -123,6 +125,7 @@ class CacheConfig:
     layer_bits: tuple[tuple[int, int], ...] | None = None
     bits_budget: float | None = None
     budget_tokens: int = 8192
+    last_layer_bits: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         _check_int("bits_k", self.bits_k, 1, MAX_BITS)
@@ -145,6 +148,14 @@ class CacheConfig:
                 )
         if self.layer_bits is not None:
             object.__setattr__(self, "layer_bits", _checked_layer_bits(self.layer_bits))
+        if self.last_layer_bits is not None:
+            for name in ("layer_bits", "bits_budget"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"last_layer_bits={self.last_layer_bits!r} beside {name}: allowed is one of the two"
+                    )
+            pair = _checked_pair("last_layer_bits", self.last_layer_bits)
+            object.__setattr__(self, "last_layer_bits", pair)
         for name in ("codec", "backend", "device"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name != "codec"):
@@ -185,7 +196,22 @@ class CacheConfig:
         if not 0 <= index < len(self.layer_bits):
             raise ConfigError(f"layer_bits is of {len(self.layer_bits)} layers: there is no layer {index}")
         bits_k, bits_v = self.layer_bits[index]
-        return replace(self, layer_bits=None, bits_k=bits_k, bits_v=bits_v)
+        too_many = self.codec.startswith("trellis") and max(bits_k, bits_v) > MOST_TRELLIS_BITS
+        codec = "scalar" if too_many else self.codec
+        return replace(self, layer_bits=None, bits_k=bits_k, bits_v=bits_v, codec=codec)
+
+    def by_layer(self, layers: int, last: int | None = None) -> CacheConfig:
+        """The same for a cache of so many layers: `last_layer_bits` written out as `layer_bits`.
+
+        Args:
+            layers: all layers of the cache, 1 or more.
+            last: number of the last one that is compressed, None for `layers` - 1.
+        """
+        if self.last_layer_bits is None:
+            return self
+        pairs = [(self.bits_k, self.bits_v)] * layers
+        pairs[layers - 1 if last is None else last] = self.last_layer_bits
+        return replace(self, layer_bits=tuple(pairs), last_layer_bits=None)
 
     @property
     def studies_activations(self) -> bool:
@@ -204,8 +230,8 @@ class CacheConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> CacheConfig:
-        """Configuration of a preset by name ("K4/V2", also spelled "k4v2", or one of `STUDY_PRESETS`),
-        with fields changed.
+        """Configuration of a preset by name ("K4/V2", also spelled "k4v2", one of `NAMED_PRESETS` or of
+        `STUDY_PRESETS`), with fields changed.
 
         Raises:
             ConfigError: no such preset, or a changed field is out of range.
@@ -214,9 +240,40 @@ class CacheConfig:
         for known, (bits_k, bits_v) in PRESETS.items():
             if _preset_key(known) == wanted:
                 return cls.from_dict({"bits_k": bits_k, "bits_v": bits_v, **changes})
-        if isinstance(name, str) and name in STUDY_PRESETS:
-            return cls.from_dict({**STUDY_PRESETS[name], **changes})
-        raise ConfigError(f"preset={name!r}: allowed are {', '.join([*PRESETS, *STUDY_PRESETS])}")
+        for named in (NAMED_PRESETS, STUDY_PRESETS):
+            if isinstance(name, str) and name in named:
+                settings = dict(named[name])
+                if changes.get("layer_bits") is not None or changes.get("bits_budget") is not None:
+                    settings.pop("last_layer_bits", None)
+                return cls.from_dict({**settings, **changes})
+        known_names = [*PRESETS, *NAMED_PRESETS, *STUDY_PRESETS]
+        raise ConfigError(f"preset={name!r}: allowed are {', '.join(known_names)}")
+
+    @classmethod
+    def asked(
+        cls, given: Mapping[str, Any], refuses: Callable[[CacheConfig], str | None] | None = None
+    ) -> CacheConfig:
+        """What somebody who gave `given` gets: the default preset with these fields changed where none of
+        them says how to compress (`COMPRESSION_FIELDS`), else the plain configuration with them.
+
+        `refuses` says why a configuration is not served where it is to be used, or None. A default that
+        is not served becomes `FALLBACK_PRESET`, and a warning in the log says so.
+
+        Raises:
+            ConfigError: an unknown field, or a value out of range.
+        """
+        said = {name for name, value in given.items() if value is not None}
+        if COMPRESSION_FIELDS & said:
+            return cls.from_dict(given)
+        given = {name: value for name, value in given.items() if name not in COMPRESSION_FIELDS}
+        chosen = cls.preset(DEFAULT_PRESET, **given)
+        reason = None if refuses is None else refuses(chosen)
+        if reason is not None:
+            logger.warning(
+                "the default preset %s is not served here (%s): %s", DEFAULT_PRESET, reason, FALLBACK_PRESET
+            )
+            chosen = cls.preset(FALLBACK_PRESET, **given)
+        return chosen
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> CacheConfig:
@@ -264,21 +321,26 @@ def _checked_layer_bits(layer_bits: object) -> tuple[tuple[int, int], ...]:
     wrong = f"layer_bits={layer_bits!r}: wanted is a pair (bits_k, bits_v) per layer"
     if not isinstance(layer_bits, (list, tuple)) or not layer_bits:
         raise ConfigError(wrong)
-    pairs = []
-    for index, pair in enumerate(layer_bits):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ConfigError(wrong)
-        for name, bits in zip("kv", pair, strict=True):
-            _check_int(f"layer_bits[{index}] bits_{name}", bits, 1, MAX_BITS)
-        pairs.append((pair[0], pair[1]))
-    return tuple(pairs)
+    return tuple(_checked_pair(f"layer_bits[{index}]", pair, wrong) for index, pair in enumerate(layer_bits))
+
+
+def _checked_pair(name: str, pair: object, wrong: str | None = None) -> tuple[int, int]:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise ConfigError(wrong or f"{name}={pair!r}: wanted is a pair (bits_k, bits_v)")
+    for side, bits in zip("kv", pair, strict=True):
+        _check_int(f"{name} bits_{side}", bits, 1, MAX_BITS)
+    return pair[0], pair[1]
 
 
 def _bits_label(config: CacheConfig) -> str:
     if config.bits_budget is not None:
         return f"auto {config.bits_budget:g}"
     if config.layer_bits is None:
-        return f"K{config.bits_k}/V{config.bits_v}"
+        last = config.last_layer_bits
+        return f"K{config.bits_k}/V{config.bits_v}" + ("" if last is None else " last K{}/V{}".format(*last))
+    *others, pair = config.layer_bits
+    if len(others) > 1 and len(set(others)) == 1:
+        return "K{}/V{}".format(*others[0]) + ("" if pair == others[0] else " last K{}/V{}".format(*pair))
     means = (sum(side) / len(side) for side in zip(*config.layer_bits, strict=True))
     return "K{:.2f}/V{:.2f} by layer".format(*means)
 

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,19 +87,21 @@ def test_the_budget_counts_what_memory_counts(changes, sliding_window, bits):
     config = CacheConfig(*bits, budget_tokens=tokens, backend="torch", **changes)
     layer = CompressedLayer(config, 0, sliding_window)
     generator = torch.Generator().manual_seed(0)
-    keys, values = (5 + torch.randn(1, 2, tokens, 64, generator=generator) for _ in "kv")
-    for start in range(0, tokens, 1024):
-        step = layer.append(keys[:, :, start : start + 1024], values[:, :, start : start + 1024])
-    assert step.tokens
-    layer.pool.history()
+    keys, values = (5 + torch.randn(1, 2, tokens + 32, 64, generator=generator) for _ in "kv")
+    chunks = [*range(0, tokens - 32, 127), *range(tokens - 32, tokens + 33)]
+    all_in, without_slack = [], []
+    for start, stop in itertools.pairwise(chunks):
+        layer.append(keys[:, :, start:stop], values[:, :, start:stop])
+        layer.pool.history()
+        counted = layer.memory()
+        all_in.append(counted.bits_per_value)
+        without_slack.append(all_in[-1] - 8 * counted.slack_bytes / counted.values)
     shape = LayerShape(2, 64, 64, 4, sliding_window)
-    counted = layer.memory()
     planned = all_in_bits(config, [shape], [bits])
     # slabs allocated ahead, and a sliding window that holds up to 63 tokens more than it shows
-    assert planned == pytest.approx(counted.bits_per_value, rel=0.03 if sliding_window is None else 0.35)
+    assert planned == pytest.approx(np.mean(all_in[-64:]), rel=0.03 if sliding_window is None else 0.35)
     if sliding_window is None:
-        without_slack = counted.bits_per_value - 8 * counted.slack_bytes / counted.values
-        assert planned == pytest.approx(without_slack, rel=1e-3)
+        assert planned == pytest.approx(np.mean(without_slack[-64:]), rel=2e-3)
 
 
 def test_settings():
@@ -207,8 +210,13 @@ def test_the_first_pass_is_exact_and_what_follows_fits_the_budget():
     report = MemoryReport.sum(layer.memory() for layer in made)
     assert report.layer_bits == plan.decided
     assert {bits for pair in plan.decided for bits in pair} <= set(WIDTHS)
-    assert report.bits_per_value == pytest.approx(5.2, abs=0.35)
-    assert 8 * (report.total_bytes - report.slack_bytes) / report.values <= 5.2 * (1 + 1e-6)
+    bits = []
+    for turn in range(64):  # the windows fill and empty again
+        forward(plan, made, 1, turn)
+        report = MemoryReport.sum(layer.memory() for layer in made)
+        bits.append(8 * (report.total_bytes - report.slack_bytes) / (3 * 1024 * 2 * 2 * 64))
+    assert np.mean(bits) == pytest.approx(5.2, abs=0.35)
+    assert np.mean(bits) <= 5.2 * 1.03  # up to 64 tokens more than those 1024
 
 
 def test_nothing_is_compressed_while_a_layer_is_open():

@@ -2,6 +2,7 @@
 
 import pytest
 
+import tqai.config
 from tqai.cli.cache_options import NO_OPTIONS, CacheOptions
 from tqai.config import STUDY_PRESETS, CacheConfig
 from tqai.errors import ConfigError
@@ -86,7 +87,7 @@ def test_the_named_configs_are_the_documented_ones():
 def test_compress_all_is_both():
     settings = CacheOptions(compress_all=True, bits_ffn=4).settings()
     assert (settings.compress_hidden, settings.compress_ffn, settings.bits_ffn) == (True, True, 4)
-    assert NO_OPTIONS.settings() == CacheConfig()
+    assert NO_OPTIONS.settings() == CacheConfig.preset(tqai.config.DEFAULT_PRESET)
 
 
 @pytest.mark.parametrize(
@@ -146,3 +147,38 @@ def test_a_gpu_is_used_when_there_is_one(monkeypatch):
     assert find_device(None).type == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_device(None).type == "cpu"
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_options_of_the_newer_codecs(made, command):
+    given = made(
+        command,
+        *("--codec", "trellis", "--window", "100", "--sinks", "3", "--offsets", "auto"),
+        *("--last-layer-bits", "K8/V7", "--scale-format", "log8", "--bits-k", "3"),
+    )
+    assert given == CacheConfig(
+        bits_k=3,
+        codec="trellis",
+        residual_window=100,
+        sink_tokens=3,
+        offsets="auto",
+        scale_format="log8",
+        last_layer_bits=(8, 7),
+    )
+    assert made(command, "--bits-budget", "3.5") == CacheConfig(bits_budget=3.5)
+    assert made(command, "--config", "balanced") == CacheConfig.preset("balanced")
+    assert made(command, "--config", "balanced", "--bits-budget", "4") == CacheConfig.preset(
+        "balanced", bits_budget=4.0
+    )
+
+
+def test_the_default_of_commands(made, monkeypatch):
+    monkeypatch.setattr(tqai.config, "DEFAULT_PRESET", "balanced")
+    assert made("run") == CacheConfig.preset("balanced")
+    assert made("run", "--backend", "torch") == CacheConfig.preset("balanced", backend="torch")
+    assert made("run", "--bits-k", "4") == CacheConfig()
+
+
+def test_a_last_layer_that_is_no_pair():
+    with pytest.raises(ConfigError, match="last_layer_bits='4': wanted is such as K4/V4"):
+        CacheOptions(last_layer_bits="4").settings()

@@ -3,7 +3,8 @@
 `allocate` picks the widths whose errors add up to the least, exactly (a knapsack by dynamic programming);
 errors come from a calibration (`cache.calibration`) or, without data, from the first prefill (`BitPlan`).
 The budget is bits per value all-in at a stated context: codes, scales, exact window, sinks, offsets and
-tables, the same bytes that `memory()` counts (tests/cache/test_bit_plan.py holds one to the other).
+tables, the same bytes that `memory()` counts (tests/cache/test_bit_plan.py holds one to the other), as the
+mean while a page's 64 tokens come in, because windows fill and empty again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from tqai.cache.page_format import page_format_for
+from tqai.cache.window import ROOM_TOKENS
 from tqai.config import CacheConfig
 from tqai.core.page import PAGE_TOKENS
 from tqai.errors import ConfigError
@@ -22,6 +24,8 @@ __all__ = ["WIDTHS", "LayerShape", "SideErrors", "all_in_bits", "allocate"]
 WIDTHS = (2, 3, 4)
 TABLE_BYTES_PER_PAGE = 4 + 8
 MOST_UNITS = 1 << 14
+PARTS = 2 * PAGE_TOKENS
+"""Costs are counted in so many parts of a byte, of which a mean over a page's 64 tokens is a whole number."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,9 @@ def allocate(
         base = _layer_bytes(config, shape, WIDTHS[0], WIDTHS[0])
         for side, by_width in enumerate((error.keys, error.values)):
             pairs = [(width, WIDTHS[0]) if side == 0 else (WIDTHS[0], width) for width in WIDTHS]
-            costs.append([_layer_bytes(config, shape, *pair) - base for pair in pairs])
+            costs.append([round(PARTS * (_layer_bytes(config, shape, *pair) - base)) for pair in pairs])
             worths.append([float(by_width[width]) for width in WIDTHS])
-    room = int((budget - least) * _values(config, shapes) / 8 + 1e-6)
+    room = int(PARTS * (budget - least) * _values(config, shapes) / 8 + 1e-6)
     chosen = [WIDTHS[index] for index in _knapsack(costs, worths, room)]
     return tuple(zip(chosen[::2], chosen[1::2], strict=True))
 
@@ -104,20 +108,28 @@ def _knapsack(costs: list[list[int]], errors: list[list[float]], room: int) -> l
     return options[::-1]
 
 
-def _layer_bytes(config: CacheConfig, shape: LayerShape, bits_k: int, bits_v: int) -> int:
-    one = config.with_changes(bits_budget=None, layer_bits=None, bits_k=bits_k, bits_v=bits_v)
+def _layer_bytes(config: CacheConfig, shape: LayerShape, bits_k: int, bits_v: int) -> float:
+    one = config.with_changes(
+        bits_budget=None, layer_bits=None, last_layer_bits=None, bits_k=bits_k, bits_v=bits_v
+    )
     page_format = page_format_for(one, shape.key_dim, shape.value_dim)
     sliding = shape.sliding_window is not None
     tokens = _tokens(config, shape)
     sinks = 0 if sliding else min(config.sink_tokens, tokens)
-    pages = max(tokens - sinks - config.window_tokens, 0) // PAGE_TOKENS
+    exact = _exact_tokens(config, tokens - sinks)
+    pages = (tokens - sinks - exact) / PAGE_TOKENS
     vector_bytes = shape.value_bytes * (shape.key_dim + shape.value_dim)
     offsets = 0 if config.offsets == "off" else 1
-    exact = sinks + offsets + config.window_tokens + PAGE_TOKENS
+    whole = sinks + offsets + exact + ROOM_TOKENS / 2
     return (
-        shape.kv_heads * (pages * page_format.page_bytes + exact * vector_bytes)
+        shape.kv_heads * (pages * page_format.page_bytes + whole * vector_bytes)
         + pages * TABLE_BYTES_PER_PAGE
     )
+
+
+def _exact_tokens(config: CacheConfig, tokens: int) -> float:
+    """Tokens of `tokens` after the sinks that are in the window, mean while it fills and empties again."""
+    return min(config.window_tokens + (PAGE_TOKENS - 1) / 2, tokens)
 
 
 def _values(config: CacheConfig, shapes: Sequence[LayerShape]) -> int:

@@ -16,12 +16,12 @@ def page_format_for(config: CacheConfig, key_dim: int, value_dim: int) -> PageFo
     Raises:
         ConfigError: its bits differ from layer to layer, or are not decided yet.
     """
-    if config.layer_bits is not None or config.bits_budget is not None:
-        name = "layer_bits" if config.layer_bits is not None else "bits_budget"
-        raise ConfigError(
-            f"{name}={getattr(config, name)!r} has no one page format: allowed are bits_k and bits_v, or "
-            "TurboQuantCache, which decides layer by layer"
-        )
+    for name in ("layer_bits", "last_layer_bits", "bits_budget"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} has no one page format: allowed are bits_k and bits_v, or "
+                "TurboQuantCache, which decides layer by layer"
+            )
 
     def codec(name: str, dim: int, bits: int, rotation: str) -> Codec:
         sketch = config.qjl_sketch_size if name == "qjl" else 0

@@ -21,9 +21,9 @@ from tqai.core.page import PageFormat
 
 __all__ = ["PagePool"]
 
-SLACK_SHARE = 64
-"""A new slab holds at least 1/64 of the pages held so far: growth takes logarithmically many slabs,
-and at most about 1.6 % of the pool is allocated ahead."""
+SLACK_SHARE = 128
+"""A new slab holds at least 1/128 of the pages held so far: growth takes logarithmically many slabs,
+and at most about 0.8 % of the pool is allocated ahead, nothing up to 128 pages."""
 
 
 class PagePool:

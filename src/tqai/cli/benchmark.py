@@ -38,11 +38,12 @@ def benchmark(
     json: JsonOption = False,
 ) -> None:
     """Measure error and speed without a model: 8 KV heads, 32 query heads, one new token."""
-    chosen = {"bits_k": bits_k, "bits_v": bits_v, "seed": seed, "backend": backend}
+    chosen: dict[str, Any] = {"bits_k": bits_k, "bits_v": bits_v, "seed": seed, "backend": backend}
     if all_configs and (config, bits_k, bits_v) != (None, None, None):
         raise CommandError("--all-configs: leave --config, --bits-k and --bits-v out", WRONG_USAGE)
     names = list(PRESETS) if all_configs else [config]
-    configs = [cache_config(name, **chosen) for name in names]
+    # one layer is measured, which is not the last
+    configs = [cache_config(name, **chosen).with_changes(last_layer_bits=None) for name in names]
     if not 1 <= head_dim <= LARGEST_HEAD_DIM:
         raise CommandError(
             f"--head-dim {head_dim}: allowed are whole numbers from 1 to {LARGEST_HEAD_DIM}", WRONG_USAGE

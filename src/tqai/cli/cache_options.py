@@ -12,6 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -19,11 +20,17 @@ import typer
 from tqai.cli.models import WRONG_USAGE
 from tqai.cli.options import (
     BackendOption,
+    BitsBudget,
     BitsK,
     BitsV,
+    Codec,
     ConfigOption,
+    LastLayerBits,
+    Offsets,
     ResidualWindow,
+    ScaleFormat,
     SinkTokens,
+    bits_pair,
     cache_config,
 )
 from tqai.cli.report import CommandError
@@ -51,6 +58,11 @@ class CacheOptions:
     bits_v: BitsV = None
     sink_tokens: SinkTokens = None
     residual_window: ResidualWindow = None
+    codec: Codec = None
+    offsets: Offsets = None
+    scale_format: ScaleFormat = None
+    last_layer_bits: LastLayerBits = None
+    bits_budget: BitsBudget = None
     use_qjl: Annotated[
         bool,
         typer.Option(
@@ -108,7 +120,7 @@ class CacheOptions:
         """
         if self.config is not None and self.tqai_config is not None:
             raise CommandError("--config and --tqai-config: allowed is one of the two", WRONG_USAGE)
-        return cache_config(self.config, **self._given())
+        return cache_config(self.config, _refused_by_mlx if self.backend == "mlx" else None, **self._given())
 
     def settings_for(self, model: Any) -> CacheConfig:
         """The configuration for a loaded model; what is given beside `--tqai-config` goes before it.
@@ -122,7 +134,10 @@ class CacheOptions:
             return own
         from tqai.integrations.transformers.converted import converted_settings
 
-        return converted_settings(self.tqai_config, model).with_changes(**self._given())
+        changes = self._given()
+        if {"bits_k", "bits_v", "bits_budget", "last_layer_bits"} & changes.keys():
+            changes = {"layer_bits": None, "last_layer_bits": None, **changes}  # not those of a calibration
+        return converted_settings(self.tqai_config, model).with_changes(**changes)
 
     def _given(self) -> dict[str, Any]:
         # not "value not in (None, False)": 0 equals False, and must be refused, not overlooked
@@ -131,9 +146,19 @@ class CacheOptions:
         }
         for name in ("config", "tqai_config", "compress_all"):
             given.pop(name, None)
+        if self.last_layer_bits is not None:
+            given["last_layer_bits"] = bits_pair(self.last_layer_bits)
         if self.compress_all:
             given |= {"compress_hidden": True, "compress_ffn": True}
         return given
+
+
+def _refused_by_mlx(config: CacheConfig) -> str | None:
+    if find_spec("mlx_lm") is None:
+        return None  # the command itself says so
+    from tqai.integrations.mlx_lm.settings import refuses
+
+    return refuses(config)
 
 
 NO_OPTIONS = CacheOptions()

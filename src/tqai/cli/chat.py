@@ -16,11 +16,15 @@ from tqai.cli.options import (
     BackendOption,
     BitsK,
     BitsV,
+    Codec,
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    LastLayerBits,
     ModelOption,
+    Offsets,
     ResidualWindow,
+    ScaleFormat,
     SinkTokens,
     cache_config,
 )
@@ -60,6 +64,10 @@ def chat(
     bits_v: BitsV = None,
     sink_tokens: SinkTokens = None,
     residual_window: ResidualWindow = None,
+    codec: Codec = None,
+    offsets: Offsets = None,
+    scale_format: ScaleFormat = None,
+    last_layer_bits: LastLayerBits = None,
     backend: BackendOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -77,12 +85,19 @@ def chat(
         with _Remote(url.rstrip("/"), key) as partner:
             _converse(partner, system, sampling)
         return
+    from tqai.server.engine.settings import refuses
+
     settings = cache_config(
         config,
+        refuses,
         bits_k=bits_k,
         bits_v=bits_v,
         sink_tokens=sink_tokens,
         residual_window=residual_window,
+        codec=codec,
+        offsets=offsets,
+        scale_format=scale_format,
+        last_layer_bits=last_layer_bits,
         backend=backend,
     )
     missing = [name for name in NEEDED if find_spec(name) is None]
@@ -96,6 +111,7 @@ def chat(
     from tqai.server.engine.engine import Engine
     from tqai.server.engine.settings import EngineSettings
 
+    settings = settings.by_layer(loaded.model.config.get_text_config(decoder=True).num_hidden_layers)
     engine = Engine(
         loaded.model, loaded.tokenizer, EngineSettings(cache=settings, max_running=1, max_waiting=0)
     )

@@ -10,11 +10,14 @@ from tqai.cli.models import WRONG_USAGE, load_model
 from tqai.cli.options import (
     BitsK,
     BitsV,
+    Codec,
     ConfigOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LastLayerBits,
     ModelOption,
+    Offsets,
     ResidualWindow,
     SinkTokens,
     cache_config,
@@ -39,7 +42,9 @@ def convert(
     bits_budget: Annotated[
         float | None, typer.Option(help="Bits per value, all-in, over the layers.", show_default="none")
     ] = None,
-    offsets: Annotated[str, typer.Option(help="Offsets of keys and values: off, on or auto.")] = "off",
+    codec: Codec = None,
+    offsets: Offsets = None,
+    last_layer_bits: LastLayerBits = None,
     seed: Annotated[int, typer.Option(help="Seed of the rotation.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -54,7 +59,9 @@ def convert(
         residual_window=residual_window,
         seed=seed,
         bits_budget=bits_budget,
+        codec=codec,
         offsets=offsets,
+        last_layer_bits=last_layer_bits,
     )
     if calibration is not None and bits_budget is None:
         raise CommandError("--calibration needs --bits-budget, the bits per value to spend", WRONG_USAGE)

@@ -12,11 +12,12 @@ from tqai.cli.models import WRONG_USAGE, LoadedModel, load_model
 from tqai.cli.options import BackendOption, DeviceOption, DtypeOption, JsonOption, ModelOption
 from tqai.cli.prompts import read_text
 from tqai.cli.report import CommandError, print_json, steps, warn
+from tqai.config import DEFAULT_PRESET
 
 __all__ = ["evaluate"]
 
 _SIZES, _NEEDLES = "Text", "Retrieval (codes hidden in a document, asked for at its end)"
-DEFAULT_CACHES = ("K4/V2",)
+DEFAULT_CACHES = (DEFAULT_PRESET,)
 
 
 def evaluate(
@@ -27,7 +28,7 @@ def evaluate(
             "-c",
             help="A cache, again for each: K3/V3,codec=trellis,window=128,sinks=4 or quanto-4, hqq-4, fp8, "
             "dynamic.",
-            show_default="K4/V2",
+            show_default=DEFAULT_PRESET,
         ),
     ] = None,
     model: ModelOption = None,

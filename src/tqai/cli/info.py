@@ -11,7 +11,7 @@ from typing import Any
 import tqai
 from tqai.cli.options import JsonOption
 from tqai.cli.report import console, print_json
-from tqai.config import PRESETS, CacheConfig
+from tqai.config import DEFAULT_PRESET, NAMED_PRESETS, PRESETS, CacheConfig
 
 __all__ = ["info"]
 
@@ -31,8 +31,10 @@ def info(json: JsonOption = False) -> None:
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
         "backends": _backends(),
-        "presets": {name: {"bits_k": k, "bits_v": v} for name, (k, v) in PRESETS.items()},
-        "default_config": CacheConfig().to_dict(),
+        "presets": {name: {"bits_k": k, "bits_v": v} for name, (k, v) in PRESETS.items()}
+        | {name: dict(settings) for name, settings in NAMED_PRESETS.items()},
+        "default_preset": DEFAULT_PRESET,
+        "default_config": CacheConfig.asked({}).to_dict(),
         "embedded_model": (demo.model_path() / "config.json").is_file(),
     }
     if json:
@@ -81,7 +83,8 @@ def _backends() -> dict[str, dict[str, str | None]]:
     from tqai.cache.page_format import page_format_for
     from tqai.errors import TqaiError
 
-    page_format = page_format_for(CacheConfig(), TYPICAL_HEAD_DIM, TYPICAL_HEAD_DIM)
+    default = CacheConfig.asked({}).with_changes(last_layer_bits=None)
+    page_format = page_format_for(default, TYPICAL_HEAD_DIM, TYPICAL_HEAD_DIM)
     device_types = list(dict.fromkeys(entry["device"].partition(":")[0] for entry in _devices())) or ["cpu"]
     found: dict[str, dict[str, str | None]] = {}
     for name in BACKENDS:
@@ -118,7 +121,7 @@ def _print(facts: dict[str, Any]) -> None:
                 words = f"off: {refusal}"
             table.add_row(f"backend {name} on {kind}", words)
     table.add_row("presets", ", ".join(facts["presets"]))
-    default = facts["default_config"]
-    table.add_row("default", f"K{default['bits_k']}/V{default['bits_v']}, codec {default['codec']}")
+    default = CacheConfig.from_dict(facts["default_config"])
+    table.add_row("default", f"{facts['default_preset']}: {default.label}, codec {default.codec}")
     table.add_row("embedded model", "present" if facts["embedded_model"] else "missing")
     out.print(table)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tqai.config import PRESETS, CacheConfig
+from tqai.config import NAMED_PRESETS, PRESETS, CacheConfig
 from tqai.errors import ConfigError, UnsupportedError
 
 __all__ = ["CacheMaker", "cache_maker", "known_caches"]
@@ -43,7 +43,7 @@ class CacheMaker:
 def known_caches() -> tuple[str, ...]:
     """Every name that `cache_maker` takes (presets of tqai also in other spellings, such as "k4v2")."""
     quantized = [f"{kind}-{bits}" for kind, allowed in _QUANTIZED_BITS.items() for bits in allowed]
-    return ("dynamic", *quantized, "fp8", *PRESETS)
+    return ("dynamic", *quantized, "fp8", *PRESETS, *NAMED_PRESETS)
 
 
 def cache_maker(name: str, model: Any, label: str | None = None, **options: Any) -> CacheMaker:

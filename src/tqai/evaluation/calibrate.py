@@ -44,7 +44,9 @@ class _Reader:
     def kl(self, reference: Tensor, layer_bits: list[tuple[int, int]], seen: list[Any]) -> float:
         from tqai.integrations.transformers import TurboQuantCache
 
-        config = self.config.with_changes(layer_bits=tuple(layer_bits), bits_budget=None)
+        config = self.config.with_changes(
+            layer_bits=tuple(layer_bits), last_layer_bits=None, bits_budget=None
+        )
 
         def make_cache() -> Any:
             seen[:] = [TurboQuantCache(self.model, config=config)]

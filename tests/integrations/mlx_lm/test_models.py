@@ -277,3 +277,18 @@ print("torch" in sys.modules)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"
+
+
+def test_a_default_that_is_not_served_is_replaced_with_a_warning(tiny, monkeypatch, caplog):
+    import tqai.config
+
+    model = tiny("llama")
+    monkeypatch.setattr(tqai.config, "DEFAULT_PRESET", "balanced")
+    with caplog.at_level(logging.WARNING, "tqai"):
+        settings = tqai.patch(model)[0].store.config
+        assert tqai.patch(model, bits_k=3)[0].store.config.bits_k == 3
+    assert (settings.bits_k, settings.bits_v, settings.backend) == (4, 2, "mlx")
+    assert caplog.text.count("default preset balanced is not served here") == 1
+    with pytest.raises(UnsupportedError, match="offsets='auto'"):
+        tqai.patch(model, config="balanced")
+    tqai.unpatch(model)

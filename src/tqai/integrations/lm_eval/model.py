@@ -197,7 +197,7 @@ class TqaiLM(TemplateLM):
 
 
 def _config(cache: str | None, settings: dict[str, Any]) -> CacheConfig:
-    return CacheConfig.from_dict(settings) if cache is None else CacheConfig.preset(cache, **settings)
+    return CacheConfig.asked(settings) if cache is None else CacheConfig.preset(cache, **settings)
 
 
 def _loaded(pretrained: Any, dtype: str, device: str | None) -> Any:

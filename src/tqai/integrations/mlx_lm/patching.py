@@ -26,9 +26,9 @@ TRIED_TOKENS = 65
 
 def patch(
     model: Any,
-    bits_k: int = 4,
-    bits_v: int = 2,
-    sink_tokens: int = 0,
+    bits_k: int | None = None,
+    bits_v: int | None = None,
+    sink_tokens: int | None = None,
     backend: str | None = None,
     device: str | None = None,
     *,
@@ -47,6 +47,9 @@ def patch(
 
     Args:
         model: a model that `mlx_lm.load` returned.
+        bits_k, bits_v, ...: fields of `CacheConfig`, None for what they are there. Where no argument says
+            how to compress, the cache is of the default preset, or of `config.FALLBACK_PRESET` where that
+            is not served here; a warning in the log says so.
         config: a `CacheConfig` or the name of a preset, instead of the single settings.
         settings: further fields of `CacheConfig`; the other arguments are fields too.
 
@@ -64,6 +67,7 @@ def patch(
         "device": device,
         **settings,
     }
+    given = {name: value for name, value in given.items() if value is not None or name in settings}
     if device is not None:
         raise ConfigError(f"device={device!r}: MLX computes on its default device, allowed is None")
     wanted = settings_of(config, given)

@@ -8,7 +8,7 @@ from typing import Any
 from tqai.config import CacheConfig
 from tqai.errors import ConfigError, UnsupportedError
 
-__all__ = ["served", "settings_of"]
+__all__ = ["refuses", "served", "settings_of"]
 
 SERVED = (
     *("bits_k", "bits_v", "sink_tokens", "residual_window", "cache_strategy", "codec", "rotation"),
@@ -25,7 +25,7 @@ def served(config: CacheConfig | None) -> CacheConfig:
     Raises:
         UnsupportedError: a setting that they do not serve; the message names it.
     """
-    config = CacheConfig() if config is None else config
+    config = CacheConfig.asked({}, refuses) if config is None else config
     if config.backend not in (None, "mlx"):
         raise UnsupportedError(f"backend={config.backend!r}: a model of mlx-lm is served by 'mlx' (or None)")
     if config.cache_strategy not in STRATEGIES:
@@ -52,7 +52,7 @@ def settings_of(config: CacheConfig | str | None, given: dict[str, Any]) -> Cach
     changed = {name: value for name, value in given.items() if value != defaults.get(name, object())}
     backend = changed.get("backend")
     if config is None:
-        return served(CacheConfig.from_dict({"offsets": "off", **given}))
+        return served(CacheConfig.asked(given, refuses))
     others = sorted(set(changed) - ({"backend"} if backend == "mlx" else set()))
     if others:
         raise ConfigError(f"config={config!r} is given beside {', '.join(others)}: allowed is one of the two")
@@ -61,3 +61,14 @@ def settings_of(config: CacheConfig | str | None, given: dict[str, Any]) -> Cach
     if not isinstance(config, CacheConfig):
         raise ConfigError(f"config={config!r}: allowed are a CacheConfig, the name of a preset and None")
     return served(config)
+
+
+def refuses(config: CacheConfig) -> str | None:
+    """Why `config` is not served, or None."""
+    if config.codec != "scalar":
+        return f"codec={config.codec!r}: the kernels read scalar codes"
+    try:
+        served(config)
+    except UnsupportedError as error:
+        return str(error)
+    return None

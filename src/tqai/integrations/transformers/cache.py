@@ -54,7 +54,8 @@ class TurboQuantCache(DynamicCache):
                 prefill decides.
             config: a `CacheConfig` or the name of a preset; further settings change its fields.
             offloading: not supported; only there to be refused with a reason.
-            settings: fields of `CacheConfig`.
+            settings: fields of `CacheConfig`. Where nothing says how to compress, it is the default preset
+                (`config.DEFAULT_PRESET`).
 
         Raises:
             ConfigError: a setting is out of range, or contradicts another.
@@ -65,7 +66,7 @@ class TurboQuantCache(DynamicCache):
                 "offloading=True: a compressed cache is not offloaded; allowed is False. It is already a "
                 "fraction of the size; use fewer bits, or transformers' own offloaded DynamicCache"
             )
-        self.settings = _settings(bits, config, settings)
+        self.settings = _settings(bits, config, settings, model is not None)
         if calibration is not None:
             known = None if model is None else fingerprint(model)
             self.settings = with_calibration(self.settings, calibration, known)
@@ -88,6 +89,7 @@ class TurboQuantCache(DynamicCache):
 
             self.on_codes = attend_on_codes(model)
         self.made_for = None if model is None else fingerprint(model)
+        self.settings = self._by_layer(self.settings)
         self.layers = [
             compressed_form(layer, self.settings, index, self.on_codes)
             for index, layer in enumerate(self.layers)
@@ -137,21 +139,40 @@ class TurboQuantCache(DynamicCache):
             if hasattr(layer, "store"):
                 layer.store.soft_capped = True
 
+    def _by_layer(self, settings: CacheConfig) -> CacheConfig:
+        """`settings` with the bits of the last layer written out, now that the layers are known."""
+        if settings.last_layer_bits is None:
+            return settings
+        compressible = [index for index, layer in enumerate(self.layers) if is_compressible(layer)]
+        if not compressible:
+            raise ConfigError(
+                f"last_layer_bits={settings.last_layer_bits!r}: which layer is the last is not known yet, so "
+                "the cache must be made with the model or its config"
+            )
+        return settings.by_layer(len(self.layers), compressible[-1])
+
     def _next_layer(self) -> TurboQuantLayer:
         return TurboQuantLayer(self.settings, len(self.layers), self.on_codes)
 
 
 def _settings(
-    bits: int | str | None, config: CacheConfig | str | None, changes: dict[str, Any]
+    bits: int | str | None, config: CacheConfig | str | None, changes: dict[str, Any], layers_known: bool
 ) -> CacheConfig:
     changes = with_bits(bits, changes, config is not None)
     if config is None:
-        return CacheConfig.from_dict(changes)
+        return CacheConfig.asked(changes, None if layers_known else _needs_layers)
     if isinstance(config, str):
         return CacheConfig.preset(config, **changes)
     if isinstance(config, CacheConfig):
         return CacheConfig.from_dict({**config.to_dict(), **changes})
     raise ConfigError(f"config={config!r}: allowed are a CacheConfig, the name of a preset and None")
+
+
+def _needs_layers(config: CacheConfig) -> str | None:
+    """Why a cache that is made without its model cannot have this configuration, or None."""
+    if config.last_layer_bits is None:
+        return None
+    return "the cache was made without the model or its config, so its last layer is not known"
 
 
 def _soft_caps(config: PreTrainedConfig) -> bool:

@@ -62,7 +62,9 @@ def convert(
         ConfigError: the folder holds something else, or a setting is out of range or already "identity".
         UnsupportedError: a model whose values cannot be rotated in its weights; nothing is written then.
     """
-    chosen = CacheConfig.from_dict({**(config or CacheConfig()).to_dict(), **settings})
+    chosen = CacheConfig.asked(settings)
+    if config is not None:
+        chosen = CacheConfig.from_dict({**config.to_dict(), **settings})
     if calibration is not None:
         if not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)

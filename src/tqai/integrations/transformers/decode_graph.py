@@ -110,8 +110,9 @@ class DecodeGraph:
         for store in self._stores:
             assert store.window is not None and store.pool is not None
             store.pool.recycle()
+            store.window.fix()  # the captured step knows the buffer's address
             store._settle(store.window.tokens, in_window=True)
-            store.window._move_to_front()
+            store.window.move_to_front()
         first = self._stores[0]
         assert first.window is not None and first.pool is not None
         pages = first.pool.pages

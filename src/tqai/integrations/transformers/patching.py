@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from tqai.config import CacheConfig
+from tqai.config import COMPRESSION_FIELDS, CacheConfig
 from tqai.errors import ConfigError
 from tqai.integrations.transformers.activations import ActivationStudy
 from tqai.integrations.transformers.attention import NAME, register
@@ -29,9 +29,9 @@ STUDY = "_tqai_activation_study"
 
 def patch(
     model: Any,
-    bits_k: int = 4,
-    bits_v: int = 2,
-    sink_tokens: int = 0,
+    bits_k: int | None = None,
+    bits_v: int | None = None,
+    sink_tokens: int | None = None,
     backend: str | None = None,
     device: str | None = None,
     config_path: str | PathLike[str] | None = None,
@@ -41,8 +41,8 @@ def patch(
     bits_ffn: int = 8,
     compress_attn_logits: bool = False,
     bits_attn: int = 8,
-    use_qjl: bool = False,
-    qjl_sketch_size: int = 64,
+    use_qjl: bool | None = None,
+    qjl_sketch_size: int | None = None,
     cache_strategy: str = "auto",
     residual_window: int | None = None,
     *,
@@ -57,6 +57,8 @@ def patch(
 
     Args:
         model: a decoder-only transformers model.
+        bits_k, bits_v, ...: fields of `CacheConfig`, None for what they are there. Where no argument says
+            how to compress, the cache is of the default preset (`config.DEFAULT_PRESET`).
         config_path: a folder that `tqai convert` wrote; its settings are the defaults of the others.
         compress_hidden, compress_ffn, compress_attn_logits: round activations of every forward pass until
             `unpatch` (`integrations.transformers.activations`): a study, which saves no memory.
@@ -87,12 +89,8 @@ def patch(
         "residual_window": residual_window,
         **settings,
     }
+    given = {name: value for name, value in given.items() if value is not None or name in settings}
     defaults = CacheConfig().to_dict()
-    if "bits" in settings:
-        # it sets both; arguments that were left alone do not contradict it
-        for name in ("bits_k", "bits_v"):
-            if given[name] == defaults[name]:
-                del given[name]
     changed = {name: value for name, value in given.items() if value != defaults.get(name, object())}
     if config is not None:
         beside = sorted(changed) + (["config_path"] if config_path is not None else [])
@@ -103,9 +101,12 @@ def patch(
         given = {"config": config}
     elif config_path is not None:
         held = converted_settings(config_path, model)
-        if {"bits", "bits_k", "bits_v"} & set(changed):
-            held = held.with_changes(layer_bits=None)  # bits asked for go before those of a calibration
-        given = {"config": held, **changed}
+        if {"bits", "bits_k", "bits_v"} & set(given):
+            held = held.with_changes(
+                layer_bits=None, last_layer_bits=None
+            )  # bits asked for go before those of a calibration
+        asked = {name: value for name, value in given.items() if name in COMPRESSION_FIELDS}
+        given = {"config": held, **changed, **asked}
     cache = TurboQuantCache(model, **given)
     model = _uncompiled(model)
     _unpatch_generate(model)

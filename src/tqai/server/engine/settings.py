@@ -8,11 +8,28 @@ from tqai.config import CacheConfig
 from tqai.core.page import PAGE_TOKENS
 from tqai.errors import ConfigError
 
-__all__ = ["EngineSettings"]
+__all__ = ["EngineSettings", "default_cache", "refuses"]
 
 
 NOT_SERVED = ("offsets", "bits_budget", "compress_hidden", "compress_ffn", "compress_attn_logits")
 """Fields of `CacheConfig` that make a page depend on more than its own 64 tokens, or change the model."""
+
+
+def refuses(cache: CacheConfig) -> str | None:
+    """Why continuous batching does not serve a configuration, or None."""
+    plain = CacheConfig()
+    for name in NOT_SERVED:
+        if getattr(cache, name, None) != getattr(plain, name, None):
+            return (
+                f"{name}={getattr(cache, name)!r}: not served by continuous batching; "
+                f"allowed is {getattr(plain, name)!r}"
+            )
+    return None
+
+
+def default_cache() -> CacheConfig:
+    """The default preset, or what is served in its place."""
+    return CacheConfig.asked({}, refuses)
 
 
 @dataclass(frozen=True)
@@ -34,7 +51,7 @@ class EngineSettings:
         ConfigError: a field is out of range.
     """
 
-    cache: CacheConfig | None = field(default_factory=CacheConfig)
+    cache: CacheConfig | None = field(default_factory=default_cache)
     max_running: int = 32
     max_waiting: int = 256
     chunk_tokens: int = 256
@@ -65,13 +82,14 @@ class EngineSettings:
                 "allowed are auto and residual"
             )
         if self.cache is not None:
-            plain = CacheConfig()
-            for name in NOT_SERVED:
-                if getattr(self.cache, name, None) != getattr(plain, name, None):
-                    raise ConfigError(
-                        f"{name}={getattr(self.cache, name)!r}: not served by continuous batching; "
-                        f"allowed is {getattr(plain, name)!r}"
-                    )
+            reason = refuses(self.cache)
+            if reason is not None:
+                raise ConfigError(reason)
+            if self.cache.last_layer_bits is not None:
+                raise ConfigError(
+                    f"last_layer_bits={self.cache.last_layer_bits!r}: the engine wants layer_bits, which "
+                    "CacheConfig.by_layer(number of layers) makes of it"
+                )
 
     @property
     def sink_tokens(self) -> int:
@@ -96,8 +114,7 @@ class EngineSettings:
             return cache
         if layer >= len(cache.layer_bits):
             raise ConfigError(f"layer_bits has {len(cache.layer_bits)} layers, the model more")
-        bits_k, bits_v = cache.layer_bits[layer]
-        return cache.with_changes(bits_k=bits_k, bits_v=bits_v, layer_bits=None)
+        return cache.for_layer(layer)
 
     @property
     def label(self) -> str:
