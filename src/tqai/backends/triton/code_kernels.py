@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from tqai.backends.triton.unpack import codes_of, scales_of
+from tqai.backends.triton.unpack import codes_of, codes_of_slices, scales_of
 
 __all__ = ["decode_rows", "encode_rows"]
 
@@ -30,19 +30,20 @@ def encode_rows(
     DIMP: tl.constexpr,
     BITS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SLICES: tl.constexpr,
+    VALUES: tl.constexpr,
+    CHUNK: tl.constexpr,
     NORM_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: TOKENS vectors of one page and head, rotated, scaled, quantized and packed."""
+    """One program: TOKENS vectors of one page and head into codes and scales; SLICES is 0 for planes."""
     page = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, DIMP)
-    x = tl.load(
-        vectors + page * v_p + head * v_h + (token * v_t)[:, None] + d[None, :],
-        mask=d[None, :] < DIM,
-        other=0.0,
-    ).to(tl.float32)
+    base_in = vectors + page * v_p + head * v_h
+    x = tl.load(base_in + (token * v_t)[:, None] + d[None, :], mask=d[None, :] < DIM, other=0.0)
+    x = x.to(tl.float32)
     # NaN may survive no maximum; a sum of zeros of it does
     largest = tl.max(tl.abs(x), 1)
     finite = (largest < float("inf")) & (tl.sum(x * 0.0, 1) == 0.0)
@@ -50,10 +51,23 @@ def encode_rows(
     safe = tl.where(usable, largest, 1.0)
     # division in two steps would lose nothing, but one float32 division by the largest is within its rounding
     x = tl.where(usable[:, None], x / safe[:, None], 0.0)
-    r = tl.load(
-        rotation + d[:, None] * DIM + d[None, :], mask=(d[:, None] < DIM) & (d[None, :] < DIM), other=0.0
-    )
-    y = tl.dot(x, r, input_precision=PRECISION)
+    if CHUNK == DIMP:
+        square = (d[:, None] < DIM) & (d[None, :] < DIM)
+        r = tl.load(rotation + d[:, None] * DIM + d[None, :], mask=square, other=0.0)
+        y = tl.dot(x, r, input_precision=PRECISION)
+    else:
+        # the matrix is too much for shared memory: some of its rows at a time, their coordinates read again
+        y = tl.zeros((TOKENS, DIMP), tl.float32)
+        for start in range(0, DIM, CHUNK):
+            e = start + tl.arange(0, CHUNK)
+            x = tl.load(base_in + (token * v_t)[:, None] + e[None, :], mask=e[None, :] < DIM, other=0.0)
+            x = tl.where(usable[:, None], x.to(tl.float32) / safe[:, None], 0.0)
+            r = tl.load(
+                rotation + e[:, None] * DIM + d[None, :],
+                mask=(e[:, None] < DIM) & (d[None, :] < DIM),
+                other=0.0,
+            )
+            y = tl.dot(x, r, y, input_precision=PRECISION)
     norm = tl.sqrt(tl.sum(y * y, 1))
     unit = y / tl.where(norm > 0.0, norm, 1.0)[:, None]
     code = tl.zeros((TOKENS, DIMP), tl.int32)
@@ -72,7 +86,37 @@ def encode_rows(
     base = pages + tl.program_id(0).to(tl.int64) * page_bytes
     tl.store((base + scales_at).to(tl.pointer_type(tl.uint16)) + token, bits.to(tl.uint16))
     code = tl.where(finite[:, None] & (d[None, :] < DIM), code, 0)
-    row = base + codes_at + token * (DIM * BITS // 8)
+    if SLICES:
+        _store_slices(base + codes_at, code, token, DIM, SLICES, BITS, VALUES)
+    else:
+        _store_planes(base + codes_at, code, token, DIM, DIMP, BITS)
+
+
+@triton.jit
+def _store_slices(
+    side, code, token, DIM: tl.constexpr, SLICES: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr
+):
+    TOKENS: tl.constexpr = token.shape[0]
+    PLACES: tl.constexpr = DIM // SLICES
+    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
+    slice_number = tl.arange(0, SLICES)
+    parts = tl.reshape(code, (TOKENS, SLICES, PLACES))
+    place = tl.arange(0, PLACES)
+    if VALUES:
+        at = place[None, :] * PAGE_TOKENS + token[:, None]
+    else:
+        at = token[:, None] * PLACES + place[None, :]
+    word = tl.sum((parts & ((1 << WIDTH) - 1)) << (slice_number * WIDTH)[None, :, None], 1)
+    tl.store(side.to(tl.pointer_type(tl.uint16)) + at, word.to(tl.uint16))
+    if BITS == 3:
+        top = tl.sum((parts >> 2) << slice_number[None, :, None], 1)
+        tl.store(side + PAGE_TOKENS * DIM * 2 // 8 + at, top.to(tl.uint8))
+
+
+@triton.jit
+def _store_planes(side, code, token, DIM: tl.constexpr, DIMP: tl.constexpr, BITS: tl.constexpr):
+    TOKENS: tl.constexpr = token.shape[0]
+    row = side + token * (DIM * BITS // 8)
     for index in tl.static_range(4):
         if BITS & (8 >> index):
             # as in `codes_of`; 1 << index codes share a byte
@@ -102,18 +146,27 @@ def decode_rows(
     DIMP: tl.constexpr,
     BITS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SLICES: tl.constexpr,
+    VALUES: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program: TOKENS vectors of one page, in the original space."""
     page = pages + tl.program_id(0).to(tl.int64) * page_bytes
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     d = tl.arange(0, DIMP)
-    code = codes_of(page + codes_at, token, DIM, DIMP, BITS)
+    if SLICES:
+        code = codes_of_slices(page + codes_at, token, DIM, SLICES, BITS, VALUES)
+    else:
+        code = codes_of(page + codes_at, token, DIM, DIMP, BITS)
     level = tl.where(d[None, :] < DIM, tl.load(centroids + code), 0.0)
-    r = tl.load(
-        rotation + d[:, None] * DIM + d[None, :], mask=(d[:, None] < DIM) & (d[None, :] < DIM), other=0.0
-    )
-    x = tl.dot(level, r, input_precision=PRECISION) * scales_of(page, scales_at, token)[:, None]
-    x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
-    place = (tl.program_id(0).to(tl.int64) * PAGE_TOKENS + token)[:, None] * DIM + d[None, :]
-    tl.store(out + place, x.to(out.dtype.element_ty), mask=d[None, :] < DIM)
+    scale = scales_of(page, scales_at, token)[:, None]
+    place = (tl.program_id(0).to(tl.int64) * PAGE_TOKENS + token)[:, None] * DIM
+    for start in range(0, DIM, CHUNK):
+        e = start + tl.arange(0, CHUNK)
+        r = tl.load(
+            rotation + d[:, None] * DIM + e[None, :], mask=(d[:, None] < DIM) & (e[None, :] < DIM), other=0.0
+        )
+        x = tl.dot(level, r, input_precision=PRECISION) * scale
+        x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
+        tl.store(out + place + e[None, :], x.to(out.dtype.element_ty), mask=e[None, :] < DIM)

@@ -9,7 +9,41 @@ Levels are computed where that is exact: an odd polynomial of the code passes th
 import triton
 import triton.language as tl
 
-__all__ = ["codes_of", "levels_of", "scales_of"]
+__all__ = ["capped", "codes_of", "codes_of_slices", "levels_of", "scales_of"]
+
+PAGE_TOKENS = tl.constexpr(64)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def capped(logits, SOFTCAP: tl.constexpr, softcap):
+    """softcap * tanh(logits / softcap), or the logits as they are."""
+    if SOFTCAP:
+        # tanh by exponentials: 1 - 2 / (e^2x + 1)
+        return softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E) / softcap) + 1.0))
+    return logits
+
+
+@triton.jit
+def codes_of_slices(
+    side, token, DIM: tl.constexpr, SLICES: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr
+):
+    """Codes int32 `[token, DIM]` of one side of a page in slices (`slices.py`)."""
+    dim = tl.arange(0, DIM)[None, :]
+    PLACES: tl.constexpr = DIM // SLICES
+    place = dim % PLACES
+    shift = dim // PLACES
+    if VALUES:
+        at = place * PAGE_TOKENS + token[:, None]
+    else:
+        at = token[:, None] * PLACES + place
+    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
+    word = tl.load(side.to(tl.pointer_type(tl.uint16)) + at).to(tl.int32)
+    code = (word >> (shift * WIDTH)) & ((1 << WIDTH) - 1)
+    if BITS == 3:
+        top = tl.load(side + PAGE_TOKENS * DIM * 2 // 8 + at).to(tl.int32)
+        code |= ((top >> shift) & 1) << 2
+    return code
 
 
 @triton.jit
