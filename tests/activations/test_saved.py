@@ -186,6 +186,19 @@ def test_detached_graphs_can_still_be_walked_back(net):
     assert all(torch.isfinite(parameter.grad).all() for parameter in net.parameters())
 
 
+def test_attached_again_after_a_detach(net):
+    packing = tqai.compress_activations(net, layers=net.layers)
+    packing.attach()
+    assert len(packing._handles) == 2 * len(net.layers)
+    packing.detach()
+    out = net(*batch())
+    assert packing.saved_bytes == 0
+    packing.attach()
+    again = net(*batch())
+    assert packing.saved_bytes > 0 and torch.equal(again, out)
+    packing.detach()
+
+
 @pytest.mark.parametrize("bits", [0, 9, -1, True, 4.0, None])
 def test_bad_bits(net, bits):
     with pytest.raises(ConfigError, match="bits="):

@@ -75,3 +75,49 @@ def test_report_of_a_batch_counts_the_tokens_of_each_sequence(vectors, window):
     rows = (DIM * 4 + DIM * 3) // 8
     assert report.codes_bytes == sum(tokens // 64 for tokens in held) * 64 * HEADS * rows
     assert report.scales_bytes == sum(tokens // 64 for tokens in held) * 64 * HEADS * 4
+
+
+def test_position_of_a_padded_sequence_is_behind_by_its_padding(vectors):
+    cache = TurboQuantBatchKVCache([0, 100], WITHOUT_SINKS)
+    assert np.array(cache.offset).tolist() == [0, -100]
+    filled(cache, vectors, 40, batch=2)
+    assert (np.array(cache.offset).tolist(), np.array(cache.left_padding).tolist()) == ([40, -60], [0, 60])
+    filled(cache, vectors, 70, batch=2)
+    assert (np.array(cache.offset).tolist(), np.array(cache.left_padding).tolist()) == ([110, 10], [0, 0])
+
+
+def test_sequences_that_join_keep_what_is_left_of_their_padding(vectors):
+    first, second = (TurboQuantBatchKVCache([0, 100 * which], WITHOUT_SINKS) for which in (0, 1))
+    for cache in (first, second):
+        filled(cache, vectors, 40, batch=2)
+    first.extend(second)
+    assert np.array(first.left_padding).tolist() == [0, 0, 0, 60]
+    first.filter([3, 0])
+    assert np.array(first.left_padding).tolist() == [60, 0]
+    assert np.array(first.offset).tolist() == [-60, 40]
+
+
+@pytest.mark.parametrize("chunks", [(70,), (20, 50), (1, 68, 1)])
+def test_padding_on_both_sides_is_left_out_whatever_the_chunks(vectors, chunks):
+    keys, values = vectors(5, 2, HEADS, sum(chunks), DIM)
+    cache = TurboQuantBatchKVCache([0, 0], WITHOUT_SINKS)
+    cache.prepare(left_padding=[0, 5], lengths=[70, 10], right_padding=[0, 55])
+    at = 0
+    for count in chunks:
+        cache.update_and_fetch(keys[:, :, at : at + count], values[:, :, at : at + count])
+        at += count
+    cache.finalize()
+    assert np.array(cache.offset).tolist() == [70, 10]
+    held = np.array(cache.extract(1).keys)
+    np.testing.assert_array_equal(held, np.array(keys[1:, :, 5:15]))
+    filled(cache, vectors, 1, batch=2)
+    assert np.array(cache.offset).tolist() == [71, 11]
+
+
+def test_caches_with_different_settings_or_windows_do_not_make_a_batch(vectors):
+    other = TurboQuantKVCache(CacheConfig(bits_k=3, bits_v=3))
+    for caches in ([TurboQuantKVCache(CONFIG), other], [single(70), single(80)]):
+        for cache in caches:
+            filled(cache, vectors, 10)
+        with pytest.raises(ValueError, match="caches of different settings cannot be merged"):
+            type(caches[0]).merge(caches)
