@@ -11,8 +11,14 @@
 #include "unpack.cuh"
 #include "params.cuh"
 #include "transport.cuh"
+#if TRELLIS
+#include "trellis_lookup.cuh"
+#include "trellis_queries.cuh"
+#include "trellis_page.cuh"
+#else
 #include "queries.cuh"
 #include "page.cuh"
+#endif
 #include "exact.cuh"
 #include "merge.cuh"
 #include "line.cuh"

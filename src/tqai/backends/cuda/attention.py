@@ -27,6 +27,14 @@ from tqai.backends.cuda.plan import (
     rotation_plan,
     split_count,
 )
+from tqai.backends.cuda.trellis_plan import (
+    is_trellis,
+    level_unit,
+    table,
+    table_bytes,
+    table_forms,
+    table_macros,
+)
 from tqai.backends.cuda.workspace import ABSENT, COUNTERS, workspace
 from tqai.core.page import PageFormat
 from tqai.errors import BackendError, InputError
@@ -77,20 +85,24 @@ class _Prepared:
         self.device = device
         self.sizes = Sizes(times256=256)
         self._kept: list[torch.Tensor] = []
+        self.shared_limit = shared_memory_bytes(device.index or 0)
+        self.table_bytes: int | None = None
+        if is_trellis(page_format):
+            self._trellis_tables()
         for side, codec in (("k", page_format.key), ("v", page_format.value)):
-            levels = integer_levels(codec)
-            target = getattr(self.sizes, f"levels_{side}")
-            if codec.spec.bits == 8:
-                lookup = torch.from_numpy(levels.lookup().view("int32")).to(device)
-                setattr(self.sizes, f"lut_{side}", self._keep(lookup))
-            else:
-                target.tables[:] = levels.permute_tables()
-            target.coefficients[:] = (levels.coef_a, levels.coef_b, levels.unit, levels.kappa)
+            if self.table_bytes is None:
+                levels = integer_levels(codec)
+                target = getattr(self.sizes, f"levels_{side}")
+                if codec.spec.bits == 8:
+                    lookup = torch.from_numpy(levels.lookup().view("int32")).to(device)
+                    setattr(self.sizes, f"lut_{side}", self._keep(lookup))
+                else:
+                    target.tables[:] = levels.permute_tables()
+                target.coefficients[:] = (levels.coef_a, levels.coef_b, levels.unit, levels.kappa)
             plan = torch.from_numpy(rotation_plan(codec)).to(device)
             setattr(self.sizes, f"plan_{side}", self._keep(plan))
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self.has_clusters = torch.cuda.get_device_capability(device) >= (9, 0)
-        self.shared_limit = shared_memory_bytes(device.index or 0)
         self._calls: dict[tuple[Any, ...], Call] = {}
         self._clusters: dict[tuple[int, ...], int] = {}
         self.value_dim = page_format.value.spec.head_dim
@@ -99,8 +111,20 @@ class _Prepared:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
+    def _trellis_tables(self) -> None:
+        forms = table_forms(self.format, self.shared_limit)
+        if forms is None:
+            raise BackendError(f"tables of trellis codes do not fit into {self.shared_limit} bytes")
+        self.macros |= table_macros(self.format, forms)
+        self.table_bytes = table_bytes(self.format, forms)
+        sides = (("k", self.format.key), ("v", self.format.value))
+        for (side, codec), form in zip(sides, forms, strict=True):
+            entries = torch.from_numpy(table(codec, form.pair).view("int32").copy()).to(self.device)
+            setattr(self.sizes, f"lut_{side}", self._keep(entries))
+            getattr(self.sizes, f"levels_{side}").coefficients[:] = (1.0, 0.0, level_unit(codec), 0.0)
+
     def shape(self, batch: int) -> Shape:
-        found = choose_shape(self.format, self.shared_limit, batch)
+        found = choose_shape(self.format, self.shared_limit, batch, self.table_bytes)
         if found is None:
             raise BackendError(f"a page of {self.format.page_bytes} bytes does not fit into shared memory")
         return found
@@ -136,7 +160,7 @@ class _Prepared:
         cluster: bool | None,
     ) -> Call:
         shape = shape or self.shape(batch)
-        shared = attention_shared_bytes(self.format, shape, batch)
+        shared = attention_shared_bytes(self.format, shape, batch, self.table_bytes)
         col_groups = -(-group * new_tokens // COLUMNS)
         segments = batch * kv_heads * col_groups
         items = pages + exact_items
@@ -174,8 +198,8 @@ class _Prepared:
 
     def _fit(self, function: Kernel, splits: int, segments: int, threads: int, shared: int) -> bool:
         """Whether clusters of `splits` blocks, one for each segment, run all at a time."""
-        if not self.has_clusters or splits > MAX_CLUSTER:
-            return False
+        if not self.has_clusters or splits > MAX_CLUSTER or self.table_bytes is not None:
+            return False  # with trellis codes: see `copy_address` in trellis_lookup.cuh
         key = (function.address, splits, threads, shared)
         found = self._clusters.get(key)
         if found is None:

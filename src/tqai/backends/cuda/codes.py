@@ -9,6 +9,12 @@ import torch
 
 from tqai.backends.cuda.driver import kernel
 from tqai.backends.cuda.plan import code_shared_bytes, codec_macros, quantizer_cells, rotation_plan
+from tqai.backends.cuda.trellis_codes import (
+    decode_trellis_pages,
+    encode_trellis_pages,
+    prepare_trellis_codes,
+)
+from tqai.backends.cuda.trellis_plan import is_trellis
 from tqai.core.page import PAGE_TOKENS, PageFormat
 
 __all__ = ["decode_pages", "encode_pages", "prepare_codes"]
@@ -65,6 +71,8 @@ def _prepared(page_format: PageFormat, device: torch.device) -> _Prepared:
 
 def prepare_codes(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> None:
     """Compile and load the kernels of one dtype, so that a failure shows early (BackendError)."""
+    if is_trellis(page_format):
+        return prepare_trellis_codes(page_format, dtype, device)
     shared = _prepared(page_format, device).shared
     kernel("encode.cu", "tqai_encode", codec_macros(page_format, DTYPE_NAMES[dtype]), device, shared)
     kernel("decode.cu", "tqai_decode", codec_macros(page_format, "float32"), device, shared)
@@ -78,6 +86,8 @@ def encode_pages(
 
     The last axis of the inputs is contiguous and their rows are aligned to 16 bytes.
     """
+    if is_trellis(page_format):
+        return encode_trellis_pages(keys, values, page_format, out)
     ready = _prepared(page_format, keys.device)
     params = _Params.from_buffer_copy(ready.params)
     params.pages = out.data_ptr()
@@ -103,6 +113,8 @@ def decode_pages(
 
     `rotated` leaves them in the space of the codes.
     """
+    if is_trellis(page_format):
+        return decode_trellis_pages(raw, page_format, dtype, rotated)
     ready = _prepared(page_format, raw.device)
     count = raw.shape[0]
     outs = [

@@ -176,8 +176,8 @@ __device__ __forceinline__ void take_exact(const Params& p, const Shared& m, con
             r.sum = g == 0 ? sums[j] : 0.0f;
 #pragma unroll
             for (int u = 0; u < V_UNITS; ++u) {
-                r.o[u][0] = row[16 * u + g];
-                r.o[u][1] = row[16 * u + g + 8];
+                r.set(u, 0, row[r.place(u, 0, g)]);
+                r.set(u, 1, row[r.place(u, 1, g)]);
             }
         }
     }

@@ -29,8 +29,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tqai.backends.cuda.trellis_layout import lane_codes, row_codes
 from tqai.core.packing import pack, unpack
 from tqai.core.page import PAGE_TOKENS, CanonicalPages, PageFormat, pages_from_bytes, pages_to_bytes
+from tqai.core.trellis import STATES
 
 __all__ = ["UNIT_DIMS", "WIDTHS", "fragment_codes", "fragment_pages", "plain_codes", "plain_pages"]
 
@@ -146,7 +148,11 @@ def _reorder(raw: Codes, page_format: PageFormat, change: object) -> Codes:
         size = PAGE_TOKENS * codec.row_bytes
         codes = np.ascontiguousarray(raw[..., at : at + size])
         bits, dim = codec.spec.bits, codec.spec.head_dim
-        if change is fragment_codes:
+        if codec.spec.name in STATES:
+            codes = codes if change is plain_codes else codes.reshape(*lead, PAGE_TOKENS, codec.row_bytes)
+            change_trellis = row_codes if change is plain_codes else lane_codes
+            codes = change_trellis(codes, bits, dim, values).reshape(*lead, size)
+        elif change is fragment_codes:
             codes = fragment_codes(codes.reshape(*lead, PAGE_TOKENS, codec.row_bytes), bits, dim, values)
         else:
             codes = plain_codes(codes, bits, dim, values).reshape(*lead, size)

@@ -15,11 +15,11 @@ __device__ __forceinline__ void put_slot(const Params& p, const Shared& m, Runni
     }
     if (any) {
         const float less = r.weight_sum * p.levels_v.kappa;
-        float* slot = (float*)buffer + c * SLOT_ROW + g;
+        float* slot = (float*)buffer + c * SLOT_ROW;
 #pragma unroll
         for (int u = 0; u < V_UNITS; ++u) {
-            slot[16 * u] = r.o[u][0] - less;
-            slot[16 * u + 8] = r.o[u][1] - less;
+            slot[r.place(u, 0, g)] = r.out(u, 0) - less;
+            slot[r.place(u, 1, g)] = r.out(u, 1) - less;
         }
     }
     if (g == 0) *(float2*)(m.stats + (warp * COLS + c) * 2) = make_float2(r.top, r.sum);

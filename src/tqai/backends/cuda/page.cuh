@@ -10,6 +10,10 @@ struct Running {
 #pragma unroll
         for (int u = 0; u < V_UNITS; ++u) o[u][0] = o[u][1] = 0.0f;
     }
+    // The h-th output of unit u, and its place among the outputs.
+    __device__ __forceinline__ float out(int u, int h) const { return o[u][h]; }
+    __device__ __forceinline__ void set(int u, int h, float y) { o[u][h] = y; }
+    __device__ __forceinline__ static int place(int u, int h, int g) { return 16 * u + 8 * h + g; }
 };
 
 #if MASKED

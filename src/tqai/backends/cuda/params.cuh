@@ -26,7 +26,13 @@
 #define PART (COLS * (DV + 2))  // floats of a partial result: outputs, then (maximum, sum) of each column
 #define QBYTES_ROW (32 * K_STEPS + 16)
 #define PASS_BYTES 544
+#if TRELLIS
+#include "trellis_params.cuh"
+#else
+#define LUTS ((BK == 8) + (BV == 8))
+#define LUT_WORDS (LUTS * 8192)
 #define SCRATCH_BYTES (V_TABLES * PASS_BYTES > 4 * (DK > DV ? DK : DV) ? V_TABLES * PASS_BYTES : 4 * (DK > DV ? DK : DV))
+#endif
 #define STATS ((WARPS > 8 ? WARPS : 8) * COLS * 2)
 
 static_assert(SLOT * 4 <= PAGE_BYTES, "a slot must fit into a page buffer");
@@ -77,7 +83,6 @@ struct Place {
 };
 
 // Shared memory, in this order; `plan.py` computes the same total.
-#define LUTS ((BK == 8) + (BV == 8))
 #define SIGNS (ROTK * DK + ROTV * DV)
 #define RING_BYTES (WARPS * STAGES * PAGE_BYTES)
 
@@ -100,7 +105,7 @@ struct Shared {
     __device__ __forceinline__ explicit Shared(u8* memory) {
         ring = memory;
         luts = (u32*)(ring + RING_BYTES);
-        merged = (float*)(luts + LUTS * 8192);
+        merged = (float*)(luts + LUT_WORDS);
         stats = merged + SLOT + 2 * COLS;
         queries = stats + STATS;
         signs = queries + COLS * DK;
@@ -116,7 +121,11 @@ struct Shared {
     __device__ __forceinline__ const float* plan_k(const Params& p) const { return ROTK ? signs : p.plan_k; }
     __device__ __forceinline__ const float* plan_v(const Params& p) const { return ROTV ? signs + ROTK * DK : p.plan_v; }
     __device__ __forceinline__ const u32* lut_k() const { return luts; }
+#if TRELLIS
+    __device__ __forceinline__ const u32* lut_v() const { return luts + (SAME ? 0 : K_TABLE_WORDS); }
+#else
     __device__ __forceinline__ const u32* lut_v() const { return luts + (BK == 8 ? 8192 : 0); }
+#endif
 };
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -141,9 +150,14 @@ struct Constants {
 #pragma unroll
         for (int k = 0; k < SIGNS / THREADS + 1; ++k)
             if (tid + k * THREADS < SIGNS) m.signs[tid + k * THREADS] = mine[k];
+#if TRELLIS
+        keep_table(m.luts, p.lut_k, K_TABLE_WORDS, COPIESK, tid);
+        if (!SAME) keep_table(m.luts + K_TABLE_WORDS, p.lut_v, V_TABLE_WORDS, COPIESV, tid);
+#else
         if (BK == 8)
             for (int i = tid; i < 8192; i += THREADS) m.luts[i] = p.lut_k[i >> 5];
         if (BV == 8)
             for (int i = tid; i < 8192; i += THREADS) m.luts[(BK == 8 ? 8192 : 0) + i] = p.lut_v[i >> 5];
+#endif
     }
 };

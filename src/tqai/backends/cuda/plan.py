@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqai.backends.cuda.layout import UNIT_DIMS, WIDTHS
+from tqai.backends.cuda.trellis_plan import is_trellis, refuse_trellis, trellis_macros
 from tqai.core.codec import Codec
-from tqai.core.page import PageFormat
+from tqai.core.page import PAGE_TOKENS, PageFormat
 from tqai.core.rotation import hadamard_signs
+from tqai.core.trellis import STATES
 
 __all__ = [
     "COLUMNS",
@@ -68,7 +70,7 @@ def refuse_format(page_format: PageFormat) -> str | None:
         return f"scale_format {page_format.scale_format!r}: the kernels read bfloat16 scales"
     for what, codec in (("keys", page_format.key), ("values", page_format.value)):
         spec = codec.spec
-        if spec.name != "scalar":
+        if spec.name not in ("scalar", *STATES):
             return f"codec {spec.name!r} of {what} has no CUDA kernel"
         if spec.bits not in WIDTHS:
             return f"{what} of {spec.bits} bits: the kernels know {', '.join(map(str, WIDTHS))}"
@@ -78,12 +80,15 @@ def refuse_format(page_format: PageFormat) -> str | None:
             return f"a Hadamard rotation of head_dim {spec.head_dim}: the kernels begin at 32"
     if 16 * (page_format.value.spec.head_dim + 8) > page_format.page_bytes:
         return "keys so much narrower than values"
+    if any(codec.spec.name in STATES for codec in (page_format.key, page_format.value)):
+        return refuse_trellis(page_format)
     return None
 
 
 def codec_macros(page_format: PageFormat, dtype: str) -> dict[str, int]:
     """Macros common to all kernels."""
     key, value = page_format.key.spec, page_format.value.spec
+    further = trellis_macros(page_format) if is_trellis(page_format) else {}
     return {
         "DK": key.head_dim,
         "DV": value.head_dim,
@@ -92,26 +97,35 @@ def codec_macros(page_format: PageFormat, dtype: str) -> dict[str, int]:
         "ROTK": ROUNDS[key.rotation],
         "ROTV": ROUNDS[value.rotation],
         "DTYPE": DTYPES[dtype],
+        **further,
     }
 
 
-def attention_shared_bytes(page_format: PageFormat, shape: Shape, batch: int) -> int:
-    """Dynamic shared memory of one block, bytes; the parts are named in `params.cuh`."""
+def attention_shared_bytes(
+    page_format: PageFormat, shape: Shape, batch: int, table_bytes: int | None = None
+) -> int:
+    """Dynamic shared memory of one block, bytes; the parts are named in `params.cuh`. `table_bytes` of tables
+    of trellis codes."""
     key, value = page_format.key.spec, page_format.value.spec
     steps = (key.head_dim // UNIT_DIMS + 1) // 2
     value_tables = 2 if value.bits in (4, 8) else 1
     warps = shape.warps
+    passed = value_tables * 544
+    if table_bytes is None:
+        table_bytes = 32768 * ((key.bits == 8) + (value.bits == 8))
+    else:
+        passed = 16 * (PAGE_TOKENS + 4)
     signs = ROUNDS[key.rotation] * key.head_dim + ROUNDS[value.rotation] * value.head_dim
     return sum(
         (
             warps * shape.stages * page_format.page_bytes,
-            32768 * ((key.bits == 8) + (value.bits == 8)),
+            table_bytes,
             COLUMNS * (value.head_dim + 8) * 4 + COLUMNS * 8,
             max(warps, 8) * COLUMNS * 8,
             COLUMNS * key.head_dim * 4,
             signs * 4,
             2 * 8 * (32 * steps + 16),
-            warps * max(value_tables * 544, 4 * key.head_dim, 4 * value.head_dim),
+            warps * max(passed, 4 * key.head_dim, 4 * value.head_dim),
             warps * shape.stages * 8 + 16,
             COLUMNS * 8,
             4 * (4 + warps),
@@ -120,11 +134,13 @@ def attention_shared_bytes(page_format: PageFormat, shape: Shape, batch: int) ->
     )
 
 
-def choose_shape(page_format: PageFormat, shared_limit_bytes: int, batch: int) -> Shape | None:
+def choose_shape(
+    page_format: PageFormat, shared_limit_bytes: int, batch: int, table_bytes: int | None = None
+) -> Shape | None:
     """The first of `SHAPES` that fits into a block's shared memory."""
     for warps, stages in SHAPES:
         shape = Shape(warps, stages)
-        if attention_shared_bytes(page_format, shape, batch) <= shared_limit_bytes:
+        if attention_shared_bytes(page_format, shape, batch, table_bytes) <= shared_limit_bytes:
             return shape
     return None
 

@@ -1,0 +1,127 @@
+"""Launches the encoding and decoding kernels of trellis codes."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from tqai.backends.cuda.driver import kernel
+from tqai.backends.cuda.plan import codec_macros, rotation_plan
+from tqai.backends.cuda.trellis_layout import bit_places
+from tqai.backends.torch_ops.codes import torch_codec
+from tqai.core.page import PAGE_TOKENS, PageFormat
+
+__all__ = ["decode_trellis_pages", "encode_trellis_pages", "prepare_trellis_codes"]
+
+DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+DECODE_THREADS = 256
+PAGES_AT_ONCE = 256
+
+
+class _Side(ctypes.Structure):
+    """`Side` of codes.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("source", "out", "plan", "levels", "cells")),
+        ("strides", ctypes.c_int64 * 3),
+        ("bucket_scale", ctypes.c_float),
+        ("buckets", ctypes.c_int32),
+        ("least_squares", ctypes.c_int32),
+    ]
+
+
+class _DecodeParams(ctypes.Structure):
+    """`CodeParams` of codes.cuh."""
+
+    _fields_ = [
+        ("pages", ctypes.c_uint64),
+        ("side", _Side * 2),
+        ("heads", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
+        ("back", ctypes.c_int32),
+    ]
+
+
+class _Prepared:
+    """Tables on the device for one page format."""
+
+    def __init__(self, page_format: PageFormat, device: torch.device) -> None:
+        self.decode_params = _DecodeParams()
+        self._kept = []
+        codecs = (page_format.key, page_format.value)
+        for side, codec in zip(self.decode_params.side, codecs, strict=True):
+            tables = [
+                torch.from_numpy(array.copy()).to(device)
+                for array in (rotation_plan(codec), codec.tables()["windows"])
+            ]
+            self._kept += tables
+            side.plan, side.levels = (tensor.data_ptr() for tensor in tables)
+        self.decode_shared = max(4 * PAGE_TOKENS * (codec.spec.head_dim + 1) for codec in codecs)
+
+
+@lru_cache(maxsize=64)
+def _prepared(page_format: PageFormat, device: torch.device) -> _Prepared:
+    return _Prepared(page_format, device)
+
+
+def prepare_trellis_codes(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile and load the kernels of one dtype, so that a failure shows early (BackendError)."""
+    macros = codec_macros(page_format, "float32")
+    kernel("trellis_decode.cu", "tqai_decode", macros, device, _prepared(page_format, device).decode_shared)
+
+
+def decode_trellis_pages(
+    raw: torch.Tensor, page_format: PageFormat, dtype: torch.dtype, rotated: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values `[pages, 64, head_dim]` of contiguous `raw` uint8 `[pages, page_bytes]`.
+
+    `rotated` leaves them in the space of the codes.
+    """
+    ready = _prepared(page_format, raw.device)
+    count = raw.shape[0]
+    outs = [
+        torch.empty(count, PAGE_TOKENS, codec.spec.head_dim, dtype=dtype, device=raw.device)
+        for codec in (page_format.key, page_format.value)
+    ]
+    if count:
+        params = _DecodeParams.from_buffer_copy(ready.decode_params)
+        params.pages, params.heads, params.out_dtype = raw.data_ptr(), 1, OUT_CODES[dtype]
+        params.back = int(not rotated)
+        for side, array in zip(params.side, outs, strict=True):
+            side.out = array.data_ptr()
+        macros = codec_macros(page_format, "float32")
+        found = kernel("trellis_decode.cu", "tqai_decode", macros, raw.device, ready.decode_shared)
+        stream = torch.cuda.current_stream(raw.device).cuda_stream
+        found.launch(params, (count, 2), DECODE_THREADS, ready.decode_shared, stream)
+    return outs[0], outs[1]
+
+
+def encode_trellis_pages(
+    keys: torch.Tensor, values: torch.Tensor, page_format: PageFormat, out: torch.Tensor
+) -> None:
+    """Compress `[pages, kv_heads, 64, head_dim]` into contiguous `out`, uint8 `[pages, kv_heads,
+    page_bytes]`. By torch's operations."""
+    for start in range(0, len(out), PAGES_AT_ONCE):
+        part = slice(start, start + PAGES_AT_ONCE)
+        at = 0
+        for codec, array in ((page_format.key, keys[part]), (page_format.value, values[part])):
+            codes, scales = torch_codec(codec, array.device).encode(array)
+            spec = codec.spec
+            places = _sources(spec.bits, spec.head_dim, at > 0, array.device)
+            shifts = torch.arange(8, dtype=torch.uint8, device=array.device)
+            bits = ((codes.flatten(-2).unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., places]
+            size = PAGE_TOKENS * codec.row_bytes
+            out[part, :, at : at + size] = (bits.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+            at += size
+            out[part, :, at : at + 2 * PAGE_TOKENS] = scales.contiguous().view(torch.uint8)
+            at += 2 * PAGE_TOKENS
+
+
+@lru_cache(maxsize=16)
+def _sources(bits: int, dim: int, values: bool, device: torch.device) -> torch.Tensor:
+    """Where each bit of a code part comes from."""
+    return torch.from_numpy(np.argsort(bit_places(bits, dim, values))).to(device)

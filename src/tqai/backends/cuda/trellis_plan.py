@@ -1,0 +1,153 @@
+"""What the CUDA kernels are told about trellis codecs: the form of their tables. Arithmetic and numpy."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tqai.core.codec import Codec
+from tqai.core.page import PageFormat
+from tqai.core.trellis import STATES
+from tqai.core.trellis_code import TrellisCode, trellis_code
+
+__all__ = [
+    "Form",
+    "is_trellis",
+    "level_unit",
+    "refuse_trellis",
+    "table",
+    "table_bytes",
+    "table_forms",
+    "table_macros",
+    "trellis_macros",
+]
+
+WINDOW_BITS = 15
+"""A table has at most 2**15 entries with all its copies, 128 KiB."""
+REGISTER_BITS = 24
+RING_BYTES = 64 * 1024
+"""What a block wants of shared memory beside its tables."""
+
+
+class Form(NamedTuple):
+    """Of a table in shared memory: entries for pairs of coordinates or for one, and copies of each, 32 (every
+    lane its own), 16 or 8 (lanes wait for each other)."""
+
+    pair: bool
+    copies: int
+
+
+def is_trellis(page_format: PageFormat) -> bool:
+    """Whether both sides have trellis codes."""
+    return page_format.key.spec.name in STATES and page_format.value.spec.name in STATES
+
+
+def refuse_trellis(page_format: PageFormat) -> str | None:
+    """Why the kernels do not serve a pair of codecs of which at least one is a trellis codec; or None."""
+    if not is_trellis(page_format):
+        names = f"{page_format.key.spec.name!r} and {page_format.value.spec.name!r}"
+        return f"codecs {names}: the kernels take trellis codes on both sides or on none"
+    for what, codec, parts in (("keys", page_format.key, 4), ("values", page_format.value, 8)):
+        spec = codec.spec
+        if spec.head_dim // parts * spec.bits < STATES[spec.name]:
+            return f"{what} of {spec.bits} bits and head_dim {spec.head_dim}: too few bits for a lane"
+    return None
+
+
+def trellis_macros(page_format: PageFormat) -> dict[str, int]:
+    """Macros of all kernels for trellis codes, beside `plan.codec_macros`."""
+    return {
+        "TRELLIS": 1,
+        "SK": STATES[page_format.key.spec.name],
+        "SV": STATES[page_format.value.spec.name],
+    }
+
+
+def _code(codec: Codec) -> TrellisCode:
+    return trellis_code(STATES[codec.spec.name], codec.spec.bits)
+
+
+def _entry_bits(codec: Codec, form: Form) -> int:
+    return _code(codec).window_bits + (codec.spec.bits if form.pair else 0)
+
+
+def _bytes(codec: Codec, form: Form) -> int:
+    return 4 * form.copies << _entry_bits(codec, form)
+
+
+def _cost(form: Form) -> float:
+    """Cycles of shared memory per value: 32 random lanes on 32, on 2 by 2 and on 4 by 4 banks."""
+    return {32: 1.0, 16: 2.0, 8: 3.0}[form.copies] / (2 if form.pair else 1)
+
+
+def _forms(codec: Codec) -> list[Form]:
+    found = []
+    for pair in (False, True):
+        for copies in (32, 16, 8):
+            form = Form(pair, copies)
+            window = _entry_bits(codec, form)
+            # how far into a register windows begin: `GRAIN` of trellis_lookup.cuh
+            bits, odd = codec.spec.bits, codec.spec.bits == 3
+            furthest = (8 if odd and window > 9 else 16) - (1 if odd else bits * (1 + pair))
+            if furthest + window <= REGISTER_BITS and _bytes(codec, form) <= 4 << WINDOW_BITS:
+                found.append(form)
+    return found
+
+
+def _shared(page_format: PageFormat) -> bool:
+    """Whether keys and values read one table."""
+    return _code(page_format.key) is _code(page_format.value)
+
+
+@lru_cache(maxsize=256)
+def table_forms(page_format: PageFormat, shared_limit_bytes: int) -> tuple[Form, Form] | None:
+    """The forms for keys and values that cost least among those that leave room for pages, or None."""
+    room = shared_limit_bytes - RING_BYTES
+    if _shared(page_format):
+        pairs = [(form, form) for form in _forms(page_format.key)]
+    else:
+        pairs = [(k, v) for k in _forms(page_format.key) for v in _forms(page_format.value)]
+    fitting = [pair for pair in pairs if table_bytes(page_format, pair) <= room]
+    return min(
+        fitting,
+        key=lambda pair: (_cost(pair[0]) + _cost(pair[1]), table_bytes(page_format, pair)),
+        default=None,
+    )
+
+
+def table_bytes(page_format: PageFormat, forms: tuple[Form, Form]) -> int:
+    """Shared memory of the tables of a block."""
+    key = _bytes(page_format.key, forms[0])
+    return key if _shared(page_format) else key + _bytes(page_format.value, forms[1])
+
+
+def table_macros(page_format: PageFormat, forms: tuple[Form, Form]) -> dict[str, int]:
+    """Macros of the attention kernel alone."""
+    key, value = forms
+    return {
+        "PAIRK": int(key.pair),
+        "PAIRV": int(value.pair),
+        "COPIESK": key.copies,
+        "COPIESV": value.copies,
+        "SAME": int(_shared(page_format)),
+    }
+
+
+def table(codec: Codec, pair: bool) -> NDArray[np.uint32]:
+    """Entries of all windows: the level as float32, or the levels of two neighbours as bfloat16, the first
+    one in the low half. Levels are whole numbers; `level_unit` is what one is worth."""
+    code = _code(codec)
+    levels = code.window_levels.astype(np.float32).view(np.uint32)
+    if not pair:
+        return levels
+    windows = np.arange(1 << (code.window_bits + code.bits))
+    first, second = levels[windows & (len(levels) - 1)], levels[windows >> code.bits]
+    return np.asarray(first >> 16 | second & np.uint32(0xFFFF0000), dtype=np.uint32)
+
+
+def level_unit(codec: Codec) -> float:
+    """The coordinate of a unit vector that level 1 stands for."""
+    return float(_code(codec).step / np.sqrt(codec.spec.head_dim))

@@ -1,0 +1,88 @@
+// The queries of a segment for trellis codes: rotated, as float32 in shared memory; each lane cuts what it needs
+// into a high and a low part.
+//
+//     turned   [column][DK + 4], where the scalar codes' `qbytes` lie
+
+#define TURNED_PITCH (DK + 4)
+
+struct RawQuery {
+    float x[(DK + 31) / 32];  // elements lane, lane + 32, ...
+
+    __device__ __forceinline__ void load(const Params& p, const Place& at, int j, int lane) {
+        int head, token;
+        at.column(p, j, head, token);
+        const bool real = j < at.columns(p);
+        const i64 from = at.b * p.query_strides[0] + head * p.query_strides[1] + token * p.query_strides[2];
+#pragma unroll
+        for (int i = 0; i < (DK + 31) / 32; ++i) {
+            const int d = lane + 32 * i;
+            x[i] = real && (DK % 32 == 0 || d < DK) ? load_one(p.query, from + d) : 0.0f;
+        }
+    }
+};
+
+// One warp takes one column. Arrives at `ready[0]` when the query as given lies in `queries`, and at `ready[1]`
+// when it lies rotated in `turned`, divided by its largest element.
+__device__ __forceinline__ void take_query(const Params& p, const Shared& m, RawQuery& raw, int j, u8* scratch, int lane) {
+    constexpr int N = (DK + 31) / 32;
+    float(&x)[N] = raw.x;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        if (DK % 32 == 0 || lane + 32 * i < DK) m.queries[j * DK + lane + 32 * i] = x[i];
+    __syncwarp();
+    if (lane == 0) arrive(m.ready);
+    rotate<DK, ROTK, false>(x, (float*)scratch, m.plan_k(p), lane);
+    float top = 0.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) top = max_nan(top, fabsf(x[i]));
+#pragma unroll 1
+    for (int o = 1; o < 32; o *= 2) top = max_nan(top, __shfl_xor_sync(FULL, top, o));
+    float scale = top > 0.0f ? 1.0f / top : 1.0f;
+    if (!(scale < 1.0e30f)) scale = top > 0.0f ? 1.0e30f : scale;
+    const float turned = p.scaling < 0.0f ? -scale : scale;
+    float* row = (float*)m.qbytes + j * TURNED_PITCH;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        if (DK % 32 == 0 || lane + 32 * i < DK) row[lane + 32 * i] = x[i] * turned;
+    // NaN or inf among the queries shows in the scale, whatever the elements are.
+    if (lane == 0) m.colf[j] = fmaxf(fabsf(p.scaling), 1.0e-30f) * p.levels_k.unit / scale + top * 0.0f;
+    __syncwarp();
+    if (lane == 0) arrive(m.ready + 1);
+}
+
+// Of a number's high part what is left over, or all of it: what a tensor core is given of it. It reads the top
+// 19 bits (tf32) or 16 (bfloat16), so that `all` is the high part.
+__device__ __forceinline__ float part_of(float x, u32 high_bits) { return x - bits_float(__float_as_uint(x) & high_bits); }
+#define HIGH_BITS(is_pair) ((is_pair) ? 0xffff0000u : 0xffffe000u)
+
+// B fragments of the queries, as one lane holds them: column g / 2, part g % 2 (0 high, 1 low), and the
+// dimensions of the runs of lane c of each four.
+struct Query {
+    u32 b[PAIRK ? DK / 8 : DK / 4];
+    float scale;  // of a logit: to base 2, or, with a soft cap, to the argument of its exponential
+
+    __device__ __forceinline__ void load(const Params& p, const Shared& m, int g, int c) {
+        const float* row = (const float*)m.qbytes + (g >> 1) * TURNED_PITCH + c * (DK / 4);
+        const u32 high = g & 1 ? HIGH_BITS(PAIRK) : 0;
+#pragma unroll
+        for (int i = 0; i < DK / 4; i += 4) {
+            const float4 f = *(const float4*)(row + i);
+            const u32 x = __float_as_uint(part_of(f.x, high)), y = __float_as_uint(part_of(f.y, high));
+            const u32 z = __float_as_uint(part_of(f.z, high)), w = __float_as_uint(part_of(f.w, high));
+            if (PAIRK) {
+                b[i / 2] = __byte_perm(x, y, 0x7632);
+                b[i / 2 + 1] = __byte_perm(z, w, 0x7632);
+            } else {
+                b[PAIRK ? 0 : i] = x & 0xffffe000u;
+                b[PAIRK ? 0 : i + 1] = y & 0xffffe000u;
+                b[PAIRK ? 0 : i + 2] = z & 0xffffe000u;
+                b[PAIRK ? 0 : i + 3] = w & 0xffffe000u;
+            }
+        }
+#if SOFTCAP
+        scale = m.colf[c] * (2.0f * LOG2E) / p.softcap;
+#else
+        scale = m.colf[c] * LOG2E;
+#endif
+    }
+};
