@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tqai.core.page import PAGE_TOKENS
 from tqai.errors import ConfigError, InputError, TqaiError
 from tqai.server.engine.grammar import Grammars
 from tqai.server.engine.model import inspect_model
@@ -84,6 +85,7 @@ class Engine:
         pages = _pool_pages(settings, self.shape, self.max_model_len)
         self.store = TokenStore(settings, self.shape, pages)
         runner = ModelRunner(model, self.shape, settings.max_running)
+        runner.capture(self.store, -(-self.max_model_len // PAGE_TOKENS))
         self.scheduler = Scheduler(runner, self.store, settings, self._finished)
         self.grammars = Grammars(tokenizer, self.shape.vocab_size)
         self.end_tokens = _end_tokens(model, tokenizer)

@@ -22,6 +22,7 @@ class PagePool:
 
     Attributes:
         slabs: per layer, uint8 `[pages, kv_heads, page_bytes]`.
+        whole: all of them, `[layers, pages, kv_heads, page_bytes]`, where they are of one size; else None.
         references: holders of each page; 0 is free.
     """
 
@@ -31,10 +32,15 @@ class PagePool:
         if pages < 1:
             raise ConfigError(f"a pool of {pages} pages: at least 1 is needed, give the cache more memory")
         self.pages = pages
-        self.slabs: list[Tensor] = [
-            torch.empty((pages, shape.kv_heads, code.page_bytes), dtype=torch.uint8, device=device)
-            for code, shape in zip(codes, shapes, strict=True)
-        ]
+        sizes = [(pages, shape.kv_heads, code.page_bytes) for code, shape in zip(codes, shapes, strict=True)]
+        self.whole: Tensor | None = None
+        if len(set(sizes)) == 1:
+            self.whole = torch.empty((len(sizes), *sizes[0]), dtype=torch.uint8, device=device)
+        self.slabs: list[Tensor] = (
+            [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+            if self.whole is None
+            else list(self.whole.unbind(0))
+        )
         self.references = [0] * pages
         self._free = list(range(pages - 1, -1, -1))
 

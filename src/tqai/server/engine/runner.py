@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tqai.integrations.transformers.ragged import RaggedCache
+from tqai.server.engine.decode_graphs import DecodeGraphs
 from tqai.server.engine.model import ModelShape
-from tqai.server.engine.store import DecodeStep, PrefillStep
+from tqai.server.engine.prefill_step import PrefillStep
+from tqai.server.engine.store import DecodeStep, TokenStore
 
 __all__ = ["ModelRunner", "invariant_rows"]
 
@@ -23,11 +25,23 @@ class ModelRunner:
         self.model, self.shape = model, shape
         self.row_multiple = invariant_rows(model, max_rows)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.graphs: DecodeGraphs | None = None
+
+    def capture(self, store: TokenStore, room_pages: int) -> None:
+        """Have decode steps replayed as CUDA graphs from now on, where that can be done."""
+        if DecodeGraphs.serve(store):
+            self.graphs = DecodeGraphs(self.model, store, room_pages, self._extra(1))
+            self.graphs.capture_all()
 
     @torch.inference_mode()
     def decode(self, step: DecodeStep, tokens: list[int], positions: list[int]) -> Tensor:
         """Logits `[rows, vocab]` of one token per row."""
         rows = len(tokens)
+        if self.graphs is not None:
+            logits = self.graphs.run(step.given, tokens)
+            if logits is not None:
+                return logits
+        step.prepare()
         padding = [0] * (-rows % self.row_multiple)
         logits = self._forward(
             step, [[token] for token in tokens + padding], [[p] for p in positions + padding], 1
@@ -40,17 +54,19 @@ class ModelRunner:
         positions = list(range(step.start, step.start + step.count))
         return self._forward(step, [tokens], [positions], 0 if all_logits else 1)[0]
 
+    def _extra(self, keep: int) -> dict[str, int]:
+        return {"logits_to_keep": keep} if self._keeps_logits else {}
+
     def _forward(
         self, step: DecodeStep | PrefillStep, tokens: list[list[int]], positions: list[list[int]], keep: int
     ) -> Tensor:
         device = self.shape.device
-        extra = {"logits_to_keep": keep} if self._keeps_logits else {}
         logits: Tensor = self.model(
             input_ids=torch.tensor(tokens, device=device),
             position_ids=torch.tensor(positions, device=device),
             past_key_values=RaggedCache(step, len(self.shape.layers)),
             use_cache=True,
-            **extra,
+            **self._extra(keep),
         ).logits
         return logits[:, -keep:] if keep else logits
 

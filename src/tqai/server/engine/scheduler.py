@@ -20,12 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tqai.server.engine.prefill_step import PrefillStep
 from tqai.server.engine.prefix import PrefixCache
 from tqai.server.engine.runner import ModelRunner
 from tqai.server.engine.sampling import Chosen, describe
 from tqai.server.engine.sequence import Sequence
 from tqai.server.engine.settings import EngineSettings
-from tqai.server.engine.store import DecodeRow, DecodeStep, PrefillStep, TokenStore
+from tqai.server.engine.store import DecodeRow, DecodeStep, TokenStore
 
 __all__ = ["Counters", "Scheduler"]
 
