@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
@@ -16,9 +18,23 @@ from tqai.server.engine.engine import Engine
 __all__ = ["create_app"]
 
 
+class _App(FastAPI):
+    """Its schema names the statuses that are answered: what FastAPI answers with 422 is 400 here."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI schema."""
+        schema = super().openapi()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        return schema
+
+
 def create_app(engine: Engine, settings: ApiSettings) -> FastAPI:
     """The application; `engine` has been started and is stopped by the caller."""
-    app = FastAPI(
+    app = _App(
         title="tqai",
         version=tqai.__version__,
         summary="OpenAI-compatible inference over a compressed key-value cache.",

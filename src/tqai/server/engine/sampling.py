@@ -132,7 +132,7 @@ class Sampler:
         if params.temperature == 0.0:
             token = int(logits.argmax())
         else:
-            token = self._draw(logits / params.temperature)
+            token = self._draw(logits)
         if params.repetition_penalty != 1.0:
             self._seen.add(token)
         if params.presence_penalty or params.frequency_penalty:
@@ -164,7 +164,9 @@ class Sampler:
         """Inverse of the cumulative distribution at one uniform number."""
         params = self.params
         uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
-        probs = torch.softmax(logits.double(), dim=-1)
+        # the largest becomes 0 first: divided by a tiny temperature it would overflow
+        logits = logits.double()
+        probs = torch.softmax((logits - logits.amax()) / params.temperature, dim=-1)
         probs, order = probs.sort(descending=True, stable=True)
         if 0 < params.top_k < probs.numel():
             probs[params.top_k :] = 0.0
