@@ -32,6 +32,8 @@ BATCHES = (1, 8)
 PAIRS = ((4, 2), (4, 4), (3, 3), (8, 8))
 TOLERANCE = 2e-3
 ROUNDED_TOLERANCE = 3e-3
+STEEP = 8.0
+"""Logits have standard deviation 1; the error is also recorded with queries so many times as large."""
 SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "default": None}
 
 
@@ -139,6 +141,10 @@ def packed_row(backend: Any, batch: int, length: int, bits_k: int, bits_v: int) 
         raise SystemExit(
             f"{backend.name} K{bits_k}/V{bits_v}: error {error:.2e}, rounded {rounded_error:.2e}: not timed"
         )
+    steep = STEEP * query
+    steep_error = error_of(
+        backend, raw, history, steep, recent, exact_result(backend, steep, history, recent)
+    )
     calls = [lambda h=h: backend.attend(query, h, None, recent, None, SCALING) for _, h in caches]
     graph = graph_us(calls)
     return {
@@ -150,6 +156,7 @@ def packed_row(backend: Any, batch: int, length: int, bits_k: int, bits_v: int) 
         "packed_bytes": size,
         "error": error,
         "error_bfloat16": rounded_error,
+        "error_at_deviation_8": steep_error,
         "graph_us": graph,
         "eager_us": eager_us(calls),
         "bytes_per_s": size / (graph * 1e-6),
@@ -207,7 +214,8 @@ def main() -> None:
                 print(
                     f"{name} graph {row['graph_us']:7.1f} ({row['speedup_graph']:.2f}x) eager "
                     f"{row['eager_us']:7.1f} ({row['speedup_eager']:.2f}x) {row['of_read_rate']:.0%} "
-                    f"error {row['error']:.1e} bf16 {row['error_bfloat16']:.1e}"
+                    f"error {row['error']:.1e} bf16 {row['error_bfloat16']:.1e} "
+                    f"steep {row['error_at_deviation_8']:.1e}"
                 )
     report = {"where": gpu_provenance(arguments.commit), "read_bytes_per_s": rate, "rows": rows}
     arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")

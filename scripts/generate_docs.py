@@ -277,6 +277,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "gpu-attention": gpu_tables.attention_table,
     "gpu-eager": gpu_tables.eager_table,
     "gpu-roofline": gpu_tables.roofline_table,
+    "gpu-floor": gpu_tables.floor_table,
     "gpu-encode": gpu_tables.encode_table,
     "gpu-generate": gpu_tables.generate_table,
     "mlx-speed": mlx_tables.speed_table,

@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["attention_table", "eager_table", "encode_table", "generate_table", "roofline_table"]
+__all__ = [
+    "attention_table",
+    "eager_table",
+    "encode_table",
+    "floor_table",
+    "generate_table",
+    "roofline_table",
+]
 
 PAIRS = ((4, 2), (4, 4), (3, 3), (8, 8))
 
@@ -36,6 +43,22 @@ def roofline_table(root: Path) -> str:
             f"| {row['packed_bytes'] / rate * 1e6:.0f} us | {row['graph_us']:.1f} us "
             f"| {row['of_read_rate']:.0%} |"
         )
+    return "\n".join(lines)
+
+
+def floor_table(root: Path) -> str:
+    """The least times of kernels that read the packed bytes, and what ratios they would be."""
+    rows = _read(root, "gpu_floor")["rows"]
+    sizes = list(dict.fromkeys((row["batch"], row["tokens"]) for row in rows))
+    lines = [
+        "| us | " + " | ".join(f"B{batch} {tokens // 1024}k" for batch, tokens in sizes) + " |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for bits_k, bits_v in dict.fromkeys((row["bits_k"], row["bits_v"]) for row in rows):
+        mine = [row for row in rows if (row["bits_k"], row["bits_v"]) == (bits_k, bits_v)]
+        for kind, name in (("floor_us", "read"), ("merged_floor_us", "read and merged")):
+            cells = (f"{row[kind]:.1f} ({row['sdpa_us'] / row[kind]:.1f})" for row in mine)
+            lines.append(f"| K{bits_k}/V{bits_v} {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -63,7 +63,7 @@ def test_head_dims(cuda_backend, key_dim, value_dim, bits):
     check(make_case(cuda_backend, formats(bits, bits, key_dim, value_dim), pages=7))
 
 
-@pytest.mark.parametrize("rotation", ["haar", "hadamard", "hadamard2"])
+@pytest.mark.parametrize("rotation", ["haar", "hadamard", "hadamard2", "identity"])
 def test_rotations(cuda_backend, rotation):
     check(make_case(cuda_backend, formats(4, 3, 128, rotation=rotation), pages=7))
 

@@ -63,6 +63,18 @@ __device__ __forceinline__ float max_nan(float a, float b) {
     return y;
 }
 
+// Of the whole warp, by one instruction. Absolute values as bits are in order, NaN above all.
+__device__ __forceinline__ float max_of_warp(float absolute) {
+    u32 most;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(most) : "r"(__float_as_uint(absolute)));
+    return __uint_as_float(most);
+}
+__device__ __forceinline__ int sum_of_warp(int n) {
+    int sum;
+    asm volatile("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(sum) : "r"(n));
+    return sum;
+}
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // One element or eight (16 bytes) of the model's dtype as float32.

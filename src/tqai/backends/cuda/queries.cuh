@@ -29,24 +29,20 @@ __device__ __forceinline__ void take_query(const Params& p, const Shared& m, Raw
     __syncwarp();
     if (lane == 0) arrive(m.ready);
     rotate<DK, ROTK, false>(x, (float*)scratch, m.plan_k(p), lane);
-    float top = 0.0f, sum = 0.0f;
+    float top = 0.0f;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-        top = max_nan(top, fabsf(x[i]));
-        sum += x[i];
-    }
-#pragma unroll 1
-    for (int o = 1; o < 32; o *= 2) {
-        top = max_nan(top, __shfl_xor_sync(FULL, top, o));
-        sum += __shfl_xor_sync(FULL, sum, o);
-    }
-    float scale = top > 0.0f ? 32512.0f / top : 1.0f;
+    for (int i = 0; i < N; ++i) top = max_nan(top, fabsf(x[i]));
+    top = max_of_warp(top);
+    // 32512 / top, without leaving the range of the reciprocal
+    float scale = top > 0.0f ? 0.9921875f * rcp_fast(top * 0x1p-15f) : 1.0f;
     if (!(scale < 1.0e30f)) scale = top > 0.0f ? 1.0e30f : scale;
     const float turned = p.scaling < 0.0f ? -scale : scale;
     constexpr int ROW = 32 * K_STEPS;
+    int sum = 0;
 #pragma unroll
     for (int i = 0; i < ROW / 32; ++i) {
         const float y = i < N ? x[i < N ? i : 0] * turned : 0.0f;
+        sum += __float2int_rn(y);
 #pragma unroll
         for (int t = 0; t < K_TABLES; ++t) {
             int n = __float2int_rn(y * (t == 0 ? p.levels_k.coef_a : p.levels_k.coef_b));
@@ -55,11 +51,12 @@ __device__ __forceinline__ void take_query(const Params& p, const Shared& m, Raw
             m.qbytes[(t * 8 + 2 * j + 1) * QBYTES_ROW + lane + 32 * i] = (u8)(n - high * 256);
         }
     }
+    sum = sum_of_warp(sum);
     if (lane == 0) {
         // NaN or inf among the queries shows in the scale, whatever the integers are.
         float bad = top * 0.0f;
-        m.colf[j] = fmaxf(fabsf(p.scaling), 1.0e-30f) * p.levels_k.unit / scale + bad;
-        m.coli[j] = -__float2int_rn(p.levels_k.kappa / p.levels_k.unit * turned * sum);
+        m.colf[j] = fmaxf(fabsf(p.scaling), 1.0e-30f) * p.levels_k.unit * rcp_fast(scale) + bad;
+        m.coli[j] = -__float2int_rn(p.levels_k.kappa * rcp_fast(p.levels_k.unit) * (float)sum);
     }
     __syncwarp();
     if (lane == 0) arrive(m.ready + 1);
