@@ -152,7 +152,7 @@ static void encode_side(const tqai_codec *codec, int is_value, const void *rows,
     pack_page(codec, is_value, index, codes);
 }
 
-static void decode_side(const tqai_codec *codec, int is_value, const uint8_t *codes, const uint16_t *scales,
+static void decode_side(const tqai_codec *codec, int is_value, const uint8_t *codes, const float *scales,
                         int dtype, void *out) {
     const int dim = codec->head_dim;
     const float largest = dtype == TQAI_FLOAT16 ? 65504.0f : dtype == TQAI_BFLOAT16 ? 0x1.fep127f : FLT_MAX;
@@ -164,7 +164,7 @@ static void decode_side(const tqai_codec *codec, int is_value, const uint8_t *co
             for (int l = 0; l < 16; l++) x[16 * i + l] = codec->centroids[index[64 * i + t + l]];
         rotate16(codec, x, 1); /* the scale comes last: the rotation of a huge vector could overflow */
         for (int l = 0; l < 16; l++) {
-            const float scale = bits_to_float((uint32_t)scales[t + l] << 16);
+            const float scale = scales[t + l];
             for (int i = 0; i < dim; i++) {
                 float value = x[16 * i + l] * scale;
                 value = value > largest ? largest : value;

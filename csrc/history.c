@@ -9,6 +9,7 @@
  * so that what comes from memory comes as one stream, which is twice as fast as by heads.
  */
 #include "job.h"
+#include "scales.h"
 
 typedef struct {
     const uint8_t *page[BLOCK_PAGES]; /* of the first head of the task */
@@ -21,11 +22,6 @@ static block block_at(const job *j, int batch, int first_head, int start, int pa
     for (int p = 0; p < b.pages; p++)
         b.page[p] = (const uint8_t *)(intptr_t)addresses[start + p] + first_head * j->args->format->page_bytes;
     return b;
-}
-
-static inline void scales_to_float(const uint8_t *from, float by, float *restrict to) {
-    const uint16_t *restrict scale = (const uint16_t *)from;
-    for (int t = 0; t < TQAI_PAGE_TOKENS; t++) to[t] = bits_to_float((uint32_t)scale[t] << 16) * by;
 }
 
 /* One head of a block. `next` has `pages` addresses of records to prefetch. */
@@ -41,8 +37,8 @@ static void head_block(const job *j, const place *at, const uint8_t *const *page
     for (int p = 0; p < pages; p++) {
         values[p] = page[p] + f->value_codes_at;
         next_values[p] = next[p] + f->value_codes_at;
-        scales_to_float(page[p] + f->key_scales_at, 1.0f, key_scale + TQAI_PAGE_TOKENS * p);
-        scales_to_float(page[p] + f->value_scales_at, VALUE_DOWN, value_scale + TQAI_PAGE_TOKENS * p);
+        tqai_scales(f, page[p], 0, 1.0f, key_scale + TQAI_PAGE_TOKENS * p);
+        tqai_scales(f, page[p], 1, VALUE_DOWN, value_scale + TQAI_PAGE_TOKENS * p);
         __builtin_prefetch(next[p] + f->key_scales_at, 0, 2);
         __builtin_prefetch(next[p] + f->key_scales_at + 64, 0, 2);
         __builtin_prefetch(next[p] + f->value_scales_at, 0, 2);

@@ -41,7 +41,7 @@ typedef struct {
     void (*unpack)(const tqai_codec *codec, int is_value, const uint8_t *codes, int16_t *level);
     void (*encode_side)(const tqai_codec *codec, int is_value, const void *rows, int64_t row_stride, int dtype,
                         uint8_t *codes, uint16_t *scales); /* as in tqai_kernels */
-    void (*decode_side)(const tqai_codec *codec, int is_value, const uint8_t *codes, const uint16_t *scales,
+    void (*decode_side)(const tqai_codec *codec, int is_value, const uint8_t *codes, const float *scales,
                         int dtype, void *out);
 } tqai_codec_steps;
 
@@ -75,7 +75,7 @@ typedef struct {
     void (*from_float)(const float *from, int dtype, int n, void *to);
     void (*encode_side)(const tqai_codec *codec, int is_value, const void *rows, int64_t row_stride, int dtype,
                         uint8_t *codes, uint16_t *scales);
-    void (*decode_side)(const tqai_codec *codec, int is_value, const uint8_t *codes, const uint16_t *scales,
+    void (*decode_side)(const tqai_codec *codec, int is_value, const uint8_t *codes, const float *scales,
                         int dtype, void *out);
     const tqai_codec_steps *steps[TQAI_KINDS]; /* by kind; null for TQAI_SCALAR and where there are none */
 } tqai_kernels;

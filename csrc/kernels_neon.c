@@ -128,6 +128,8 @@ INLINE void values_column(const int16_t *units, int stride, const int16_t *w, in
     add_units(units, stride, 32, w, BLOCK_TOKENS, rows, out, dim);
 }
 
+#include "trellis_neon.inc.h"
+
 #define KERNELS tqai_kernels_neon
 #define KERNELS_NAME "neon"
 #include "generic.inc.h"

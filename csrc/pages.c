@@ -7,6 +7,7 @@
 
 #include "isa.h"
 #include "layout.h"
+#include "scales.h"
 #include "spread.h"
 
 typedef struct {
@@ -34,7 +35,7 @@ static void encode_side(const tqai_kernels *kernels, const tqai_codec *codec, in
 }
 
 static void decode_side(const tqai_kernels *kernels, const tqai_codec *codec, int is_value, const uint8_t *codes,
-                        const uint16_t *scales, int dtype, void *out) {
+                        const float *scales, int dtype, void *out) {
     const tqai_codec_steps *steps = kernels->steps[codec->kind];
     (steps ? steps->decode_side : kernels->decode_side)(codec, is_value, codes, scales, dtype, out);
 }
@@ -42,28 +43,32 @@ static void decode_side(const tqai_kernels *kernels, const tqai_codec *codec, in
 static void encode_task(void *context, int task) {
     const job *j = context;
     const tqai_page_format *f = j->format;
-    for (int64_t i = task * j->chunk; i < (task + 1) * j->chunk && i < j->total; i++) {
-        uint8_t *page = j->pages + i * f->page_bytes;
-        encode_side(j->kernels, &f->key, 0, row_at(j->keys, i / j->heads, i % j->heads), j->keys->strides[2],
-                                j->keys->dtype, page, (uint16_t *)(page + f->key_scales_at));
-        encode_side(j->kernels, &f->value, 1, row_at(j->values, i / j->heads, i % j->heads), j->values->strides[2],
-                                j->values->dtype, page + f->value_codes_at, (uint16_t *)(page + f->value_scales_at));
-    }
+    for (int64_t i = task * j->chunk; i < (task + 1) * j->chunk && i < j->total; i++)
+        for (int is_value = 0; is_value < 2; is_value++) {
+            uint8_t *page = j->pages + i * f->page_bytes;
+            const tqai_source *from = is_value ? j->values : j->keys;
+            uint16_t scales[TQAI_PAGE_TOKENS];
+            encode_side(j->kernels, is_value ? &f->value : &f->key, is_value, row_at(from, i / j->heads, i % j->heads),
+                        from->strides[2], from->dtype, page + (is_value ? f->value_codes_at : 0), scales);
+            tqai_write_scales(f, page, is_value, scales);
+        }
 }
 
 static void decode_task(void *context, int task) {
     const job *j = context;
     const tqai_page_format *f = j->format;
     const int64_t size = TQAI_PAGE_TOKENS * (j->dtype == TQAI_FLOAT32 ? 4 : 2);
-    for (int64_t i = task * j->chunk; i < (task + 1) * j->chunk && i < j->total; i++) {
-        const uint8_t *page = j->raw + i * f->page_bytes;
-        if (j->out_keys)
-            decode_side(j->kernels, &f->key, 0, page, (const uint16_t *)(page + f->key_scales_at), j->dtype,
-                                    (char *)j->out_keys + i * size * f->key.head_dim);
-        if (j->out_values)
-            decode_side(j->kernels, &f->value, 1, page + f->value_codes_at, (const uint16_t *)(page + f->value_scales_at),
-                                    j->dtype, (char *)j->out_values + i * size * f->value.head_dim);
-    }
+    for (int64_t i = task * j->chunk; i < (task + 1) * j->chunk && i < j->total; i++)
+        for (int is_value = 0; is_value < 2; is_value++) {
+            const uint8_t *page = j->raw + i * f->page_bytes;
+            const tqai_codec *codec = is_value ? &f->value : &f->key;
+            void *out = is_value ? j->out_values : j->out_keys;
+            float scales[TQAI_PAGE_TOKENS];
+            if (!out) continue;
+            tqai_scales(f, page, is_value, 1.0f, scales);
+            decode_side(j->kernels, codec, is_value, page + (is_value ? f->value_codes_at : 0), scales, j->dtype,
+                        (char *)out + i * size * codec->head_dim);
+        }
 }
 
 /* Where much is written at once, such as the pages of a prompt, ask for large memory pages: every later step

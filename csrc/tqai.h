@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define TQAI_ABI 4
+#define TQAI_ABI 5
 #define TQAI_PAGE_TOKENS 64
 #define TQAI_MAX_HEAD_DIM 256
 
@@ -61,6 +61,9 @@ typedef struct {
 typedef struct {
     tqai_codec key, value;
     int64_t key_scales_at, value_codes_at, value_scales_at, page_bytes;
+    int64_t bases_at;            /* 0: scales are bfloat16; else bytes, and the bases of keys and values lie there */
+    const float *scale_levels;   /* [256]: scale over base of every byte, or null: core/log_scale.py */
+    const float *scale_thresholds; /* [254], descending */
 } tqai_page_format;
 
 /* Keys and values of tokens in the model's dtype. Strides in elements: batch, head, token; the last

@@ -45,7 +45,7 @@ INLINE void two_levels(const tqai_trellis *t, const uint8_t *tables, const int b
     const int start = bits * u / 4, nibbles = tqai_trellis_nibbles(bits, state_bits, u);
     const int direct = tqai_trellis_direct(bits, state_bits, u), count = LEVEL_TABLES(bits);
     const uint8_t *at = tables + 16 * count * (bits == 3 ? u : u % (8 / bits));
-    __m256i index[2];
+    __m256i index[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
 #pragma GCC unroll 4
     for (int j = 0; j < nibbles; j++) {
         __m256i a = nibble_of(one, start + j), b = nibble_of(two, start + j);
@@ -54,8 +54,8 @@ INLINE void two_levels(const tqai_trellis *t, const uint8_t *tables, const int b
             a = _mm256_shuffle_epi8(map, a);
             b = _mm256_shuffle_epi8(map, b);
         }
-        index[0] = j ? _mm256_xor_si256(index[0], a) : a;
-        index[1] = j ? _mm256_xor_si256(index[1], b) : b;
+        index[0] = _mm256_xor_si256(index[0], a);
+        index[1] = _mm256_xor_si256(index[1], b);
     }
     const __m256i levels = sixteen_bytes(at), down = _mm256_set1_epi8(-16);
     out[0] = _mm256_shuffle_epi8(levels, index[0]);

@@ -280,7 +280,7 @@ static void trellis_encode_side(const tqai_codec *codec, int is_value, const voi
     trellis_pack(codec, is_value, codes, out);
 }
 
-static void trellis_decode_side(const tqai_codec *codec, int is_value, const uint8_t *in, const uint16_t *scales,
+static void trellis_decode_side(const tqai_codec *codec, int is_value, const uint8_t *in, const float *scales,
                                 int dtype, void *out) {
     const int dim = codec->head_dim;
     const float largest = dtype == TQAI_FLOAT16 ? 65504.0f : dtype == TQAI_BFLOAT16 ? 0x1.fep127f : FLT_MAX;
@@ -291,7 +291,7 @@ static void trellis_decode_side(const tqai_codec *codec, int is_value, const uin
         values16(codec, codes + t, x);
         rotate16(codec, x, 1); /* the scale comes last: the rotation of a huge vector could overflow */
         for (int l = 0; l < 16; l++) {
-            const float scale = bits_to_float((uint32_t)scales[t + l] << 16);
+            const float scale = scales[t + l];
             for (int i = 0; i < dim; i++) {
                 float value = x[16 * i + l] * scale;
                 value = value > largest ? largest : value;

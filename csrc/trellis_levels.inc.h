@@ -1,6 +1,10 @@
-/* trellis_levels.inc.h: levels of a page side of trellis codes in the units of isa.h, for any instruction set:
- * windows are followed from coordinate to coordinate in the lanes of 64 tokens, and looked up one by one. */
+/* trellis_levels.inc.h: levels of a page side of trellis codes in the units of isa.h, for any instruction set that
+ * has no TRELLIS_UNPACK of its own: windows are followed from coordinate to coordinate in the lanes of 64 tokens,
+ * and looked up one by one. */
 #include "layout.h"
+
+#ifndef TRELLIS_UNPACK
+#define TRELLIS_UNPACK trellis_levels
 
 static void trellis_levels(const tqai_codec *codec, int is_value, const uint8_t *in, int16_t *level) {
     const tqai_trellis *t = codec->tables;
@@ -23,6 +27,7 @@ static void trellis_levels(const tqai_codec *codec, int is_value, const uint8_t 
         }
     }
 }
+#endif
 
 static const tqai_codec_steps trellis_steps = {
-    .unpack = trellis_levels, .encode_side = trellis_encode_side, .decode_side = trellis_decode_side};
+    .unpack = TRELLIS_UNPACK, .encode_side = trellis_encode_side, .decode_side = trellis_decode_side};

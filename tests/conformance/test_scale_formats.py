@@ -15,7 +15,7 @@ from tqai.cache.storage import read_file, write_file
 from tqai.config import CacheConfig
 from tqai.core import log_scale
 from tqai.core.page import with_scale_format
-from tqai.errors import ModelMismatchError, UnsupportedError
+from tqai.errors import ModelMismatchError
 
 
 def test_bytes_and_scales_equal_core():
@@ -72,16 +72,19 @@ def test_attention_decode_and_codes(
         for a, b in zip((filled.keys, filled.values), recent, strict=True)
     ]
     wanted, lse = reference_attention(query, *everything, mask, 0.05)
-    assert (attended.out - wanted).norm() < 1e-5 * wanted.norm()
-    assert ((attended.lse - lse).abs() < 2e-6 * lse.abs() + 1e-5).all()
+    exact = backend.name == "torch"
+    assert (attended.out - wanted).norm() < (1e-5 if exact else 2e-3) * wanted.norm()
+    assert (
+        (attended.lse - lse).abs() < (2e-6 if exact else 2e-3) * lse.abs() + (1e-5 if exact else 2e-3)
+    ).all()
 
 
-@pytest.mark.parametrize("name", ["native", "cuda", "triton", "mlx"])
+@pytest.mark.parametrize("name", ["cuda", "triton", "mlx"])
 def test_other_backends_say_why_not(name):
     from tqai.errors import BackendError
 
     page_format = page_format_for(CacheConfig(scale_format="log8"), 128, 128)
-    device = {"cuda": "cuda", "triton": "cuda", "mlx": "mlx"}.get(name, "cpu")
+    device = "mlx" if name == "mlx" else "cuda"
     try:
         loaded = load(name)
     except BackendError as error:
@@ -89,14 +92,14 @@ def test_other_backends_say_why_not(name):
     assert "scale_format 'log8'" in loaded.refuses(page_format, device, "bfloat16")
 
 
-def test_a_cache_takes_torch_and_says_so():
-    assert (
-        resolve(page_format_for(CacheConfig(scale_format="log8"), 128, 128), "cpu", "float32").backend.name
-        == "torch"
-    )
-    with pytest.raises(UnsupportedError, match="scale_format 'log8'"):
-        layer = CompressedLayer(CacheConfig(scale_format="log8", backend="native"))
-        layer.append(*(torch.zeros(1, 1, 1, 128) for _ in "kv"))
+def test_on_the_cpu_scales_of_one_byte_change_no_backend():
+    chosen = {
+        scale_format: resolve(
+            page_format_for(CacheConfig(scale_format=scale_format), 128, 128), "cpu", "float32"
+        ).backend.name
+        for scale_format in ("bfloat16", "log8")
+    }
+    assert len(set(chosen.values())) == 1, chosen
 
 
 @pytest.mark.parametrize("codec", ["scalar", "qjl"])

@@ -63,7 +63,10 @@ static void codec_make(tqai_codec *c, int dim, int bits) {
     c->normaliser = c->rounds == 2 ? 1.0f / (float)dim : 1.0f / sqrtf((float)dim);
 }
 
+#include "trellis_tables.h"
+
 static void codec_free(tqai_codec *c) {
+    trellis_free(c);
     free((void *)c->signs);
     free((void *)c->matrix);
     free((void *)c->transposed);
@@ -77,10 +80,25 @@ static void format_make(tqai_page_format *f) {
     static const int dims[] = {16, 32, 64, 80, 96, 128, 160, 256}, bits[] = {2, 3, 4, 8};
     codec_make(&f->key, dims[below(8)], bits[below(4)]);
     codec_make(&f->value, dims[below(8)], bits[below(4)]);
+    if (below(2)) trellis_make(&f->key, 1 + below(4));
+    if (below(2)) trellis_make(&f->value, 1 + below(4));
+    const int bytes = below(3) == 0, scales = bytes ? 64 : 128; /* scales of one byte, or bfloat16 */
     f->key_scales_at = 8 * f->key.head_dim * f->key.bits;
-    f->value_codes_at = f->key_scales_at + 128;
+    f->value_codes_at = f->key_scales_at + scales;
     f->value_scales_at = f->value_codes_at + 8 * f->value.head_dim * f->value.bits;
-    f->page_bytes = f->value_scales_at + 128;
+    f->page_bytes = f->value_scales_at + scales + (bytes ? 16 : 0);
+    f->bases_at = bytes ? f->value_scales_at + scales : 0;
+    f->scale_levels = f->scale_thresholds = NULL;
+    if (!bytes) return;
+    float *levels = room(sizeof(float) * 256), *thresholds = room(sizeof(float) * 254);
+    for (int i = 0; i < 254; i++) {
+        levels[i] = exp2f((float)-i / 16.0f);
+        thresholds[i] = exp2f((float)(-i - 0.5) / 16.0f);
+    }
+    levels[254] = 0.0f;
+    levels[255] = NAN;
+    f->scale_levels = levels;
+    f->scale_thresholds = thresholds;
 }
 
 static int width(int dtype) { return dtype == TQAI_FLOAT32 ? 4 : 2; }
@@ -124,8 +142,8 @@ static void fill(void *p, int dtype, int64_t n, int special) {
 static const char *names[] = {"scalar", "avx2", "avx512", "neon"};
 
 static int fail(const char *what, const char *isa, const tqai_page_format *f) {
-    printf("%s differs: %s, K%d dim %d, V%d dim %d\n", what, isa, f->key.bits, f->key.head_dim, f->value.bits,
-           f->value.head_dim);
+    printf("%s differs: %s, %sK%d dim %d, %sV%d dim %d\n", what, isa, f->key.kind ? "trellis " : "", f->key.bits,
+           f->key.head_dim, f->value.kind ? "trellis " : "", f->value.bits, f->value.head_dim);
     return 1;
 }
 
@@ -218,6 +236,21 @@ static double reference(const tqai_attend_args *a, const float *keys, const floa
     return worst;
 }
 
+/* Any bytes are trellis codes, or codes of a power of two of levels; scales are of numbers from 1/2 to 2. */
+static void random_pages(const tqai_page_format *f, uint8_t *raw, int pages) {
+    for (int64_t i = 0; i < pages * f->page_bytes; i++) raw[i] = (uint8_t)draw();
+    for (int i = 0; i < 2 * pages; i++) {
+        uint8_t *page = raw + i / 2 * f->page_bytes, *scales = page + (i % 2 ? f->value_scales_at : f->key_scales_at);
+        const uint16_t two = 0x4000;
+        for (int t = 0; t < 64; t++) {
+            const uint16_t scale = (uint16_t)(0x3F00 + below(256));
+            if (f->bases_at) scales[t] = (uint8_t)below(32);
+            else memcpy(scales + 2 * t, &scale, 2);
+        }
+        if (f->bases_at) memcpy(page + f->bases_at + 2 * (i % 2), &two, 2);
+    }
+}
+
 static int check_attention(const tqai_page_format *f) {
     tqai_attend_args a = {.format = f, .batch = 1, .kv_heads = 1 + below(3), .group = 1 + below(9), .new_tokens = 1 + below(4),
                           .pages = below(12), .threads = 1 + below(3), .scaling = 1.0f / sqrtf((float)f->key.head_dim),
@@ -225,7 +258,9 @@ static int check_attention(const tqai_page_format *f) {
     a.first_token = a.pages ? below(64) : 0;
     const int pages = a.pages * a.kv_heads, dk = f->key.head_dim, dv = f->value.head_dim;
     uint8_t *raw = room((size_t)(pages * f->page_bytes));
-    int wrong = pages ? check_codes(f, raw, pages, 0) : 0;
+    const int trellis = f->key.kind == TQAI_TRELLIS || f->value.kind == TQAI_TRELLIS;
+    int wrong = pages && !trellis ? check_codes(f, raw, pages, 0) : 0;
+    if (trellis) random_pages(f, raw, pages); /* the search in plain C takes long */
     float *keys = room(sizeof(float) * (size_t)(pages * 64 * dk)), *values = room(sizeof(float) * (size_t)(pages * 64 * dv));
     tqai_decode(f, raw, keys, values, TQAI_FLOAT32, pages, 1);
     int64_t *addresses = room(sizeof(int64_t) * (size_t)a.pages);
@@ -297,10 +332,12 @@ int main(int argc, char **argv) {
     for (; rounds < 3 || difftime(time(NULL), begin) < seconds; rounds++) {
         tqai_page_format f;
         format_make(&f);
-        const int pages = 1 + below(3);
+        const int pages = f.key.kind || f.value.kind ? 1 : 1 + below(3);
         uint8_t *raw = room((size_t)(pages * f.page_bytes));
         const int wrong = check_codes(&f, raw, pages, 1) || check_attention(&f);
         free(raw);
+        free((void *)f.scale_levels);
+        free((void *)f.scale_thresholds);
         codec_free(&f.key);
         codec_free(&f.value);
         if (wrong) return 1;

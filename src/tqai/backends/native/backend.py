@@ -72,8 +72,6 @@ class NativeBackend:
             return f"device {device_type}: this is the CPU's"
         if dtype not in ("float32", "bfloat16", "float16"):
             return f"dtype {dtype}: float32, bfloat16 and float16 are served"
-        if page_format.scale_format != "bfloat16":
-            return f"scale_format {page_format.scale_format!r}: the kernels read bfloat16 scales"
         return refusal(page_format.key) or refusal(page_format.value)
 
     def encode(self, keys: Tensor, values: Tensor, page_format: PageFormat, out: Tensor) -> None:

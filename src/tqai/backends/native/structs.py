@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqai.backends.native import trellis
+from tqai.core import log_scale
 from tqai.core.codec import Codec
 from tqai.core.page import PageFormat
 from tqai.core.rotation import hadamard_signs
@@ -64,6 +65,9 @@ class PageFormatStruct(ctypes.Structure):
         ("value_codes_at", _i64),
         ("value_scales_at", _i64),
         ("page_bytes", _i64),
+        ("bases_at", _i64),
+        ("scale_levels", _pointer),
+        ("scale_thresholds", _pointer),
     ]
 
 
@@ -157,6 +161,11 @@ def native_format(page_format: PageFormat) -> NativeFormat:
         page_format.value_scales_at,
         page_format.page_bytes,
     )
+    if page_format.scale_format == "log8":
+        zero_and_nan = np.array([0.0, np.nan], dtype=np.float32)
+        arrays += [np.concatenate([log_scale.LEVELS, zero_and_nan]), log_scale.THRESHOLDS]
+        struct.bases_at = page_format.bases_at
+        struct.scale_levels, struct.scale_thresholds = (array.ctypes.data for array in arrays[-2:])
     return NativeFormat(struct, ctypes.addressof(struct), tuple(arrays))
 
 

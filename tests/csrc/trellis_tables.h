@@ -1,0 +1,112 @@
+/* trellis_tables.h: a trellis codec with random tables, for check_native.c. Every table that the kernels read is made
+ * here from `rows` and `levels` alone, bit by bit as docs/format.md says.
+ */
+#include "trellis.h"
+
+static int parity(unsigned x) { return __builtin_parity(x); }
+
+/* The index of the level of a window, by the codec's rows. */
+static unsigned index_of(const unsigned *rows, int index_bits, unsigned window) {
+    unsigned m = 0;
+    for (int j = 0; j < index_bits; j++) m |= (unsigned)parity(window & rows[j]) << j;
+    return m;
+}
+
+/* Of nibble j of the window of coordinate u, bit i: its index. */
+static unsigned of_bit(const unsigned *rows, int bits, int state_bits, int u, int j, int i) {
+    const int bit = 4 * j + i - bits * u % 4;
+    return bit >= 0 && bit < bits + state_bits ? index_of(rows, TQAI_TRELLIS_INDEX_BITS(bits), 1u << bit) : 0;
+}
+
+/* combined[x]: exclusive or of the basis vectors chosen by the bits of x; 0 where they depend on each other. */
+static int combine(const unsigned *basis, int count, unsigned *combined) {
+    uint8_t seen[128] = {0};
+    for (unsigned x = 0; x < 1u << count; x++) {
+        combined[x] = 0;
+        for (int i = 0; i < count; i++)
+            if (x >> i & 1) combined[x] ^= basis[i];
+        if (seen[combined[x]]++) return 0;
+    }
+    return 1;
+}
+
+/* What nibbles add to the index of coordinate u, and its levels; 0: these rows do not do. */
+static int nibbles_make(const unsigned *rows, const int8_t *levels, int bits, int state_bits, int u, uint8_t *nibbles,
+                        int8_t *nibble_levels) {
+    const int index_bits = TQAI_TRELLIS_INDEX_BITS(bits), direct = tqai_trellis_direct(bits, state_bits, u);
+    unsigned basis[7] = {0}, combined[128], renamed[128];
+    int have = 0;
+    for (int i = 0; i < 4 && direct >= 0; i++) basis[have++] = of_bit(rows, bits, state_bits, u, direct, i);
+    if (!combine(basis, have, combined)) return 0;
+    for (int tries = 0; have < index_bits && tries < 1000; tries++) { /* any basis will do */
+        basis[have] = 1 + (unsigned)below((1 << index_bits) - 1);
+        have += combine(basis, have + 1, combined);
+    }
+    if (have < index_bits || !combine(basis, have, combined)) return 0;
+    for (unsigned x = 0; x < 1u << index_bits; x++) {
+        renamed[combined[x]] = x;
+        nibble_levels[x] = levels[combined[x]];
+    }
+    for (int j = 0; j < tqai_trellis_nibbles(bits, state_bits, u); j++)
+        for (unsigned n = 0; n < 16; n++) {
+            unsigned index = 0;
+            for (int i = 0; i < 4; i++)
+                if (n >> i & 1) index ^= of_bit(rows, bits, state_bits, u, j, i);
+            nibbles[16 * j + n] = (uint8_t)renamed[index];
+        }
+    return 1;
+}
+
+static void trellis_make(tqai_codec *c, int bits) {
+    const int state_bits = below(2) ? 6 : 8, window_bits = bits + state_bits, index_bits = TQAI_TRELLIS_INDEX_BITS(bits);
+    const size_t windows = (size_t)1 << window_bits;
+    const float unit = (0.015f + 0.01f * uniform()) / sqrtf((float)c->head_dim);
+    int8_t *levels = room(128), *window_levels = room(windows + 8), *nibble_levels = room(8 * 128);
+    uint8_t *window_index = room(windows), *nibbles = room(8 * 4 * 16);
+    float *values = room(sizeof(float) * windows);
+    uint64_t *matrices = room(sizeof(uint64_t) * 8 * 3);
+    tqai_trellis *t = room(sizeof *t);
+    unsigned rows[7];
+    for (int i = 0; i < 128; i++) levels[i] = (int8_t)(below(255) - 127);
+    for (int whole = 0; !whole;) {
+        for (int j = 0; j < index_bits; j++) rows[j] = 1 + (unsigned)below((int)windows - 1);
+        whole = 1;
+        for (int u = 0; u < 8 && whole; u++)
+            whole = nibbles_make(rows, levels, bits, state_bits, u, nibbles + 64 * u, nibble_levels + 128 * u);
+    }
+    for (unsigned w = 0; w < windows; w++) {
+        window_index[w] = (uint8_t)index_of(rows, index_bits, w);
+        window_levels[w] = levels[window_index[w]];
+        values[w] = (float)window_levels[w] * unit;
+    }
+    memset(window_levels + windows, 0, 8);
+    for (int u = 0; u < 8; u++)
+        for (int i = 0; i < 3; i++) {
+            uint64_t matrix = 0;
+            for (int j = 0; j < index_bits; j++)
+                matrix |= (uint64_t)((rows[j] << (bits * u % 8)) >> (8 * i) & 0xFF) << (8 * (7 - j));
+            matrices[3 * u + i] = matrix;
+        }
+    *t = (tqai_trellis){.state_bits = state_bits, .index_bits = index_bits,
+                        .per_deviation = 1.0f / unit, .levels = levels, .window_index = window_index,
+                        .window_levels = window_levels, .values = values, .matrices = matrices, .nibbles = nibbles,
+                        .nibble_levels = nibble_levels};
+    c->bits = bits;
+    c->kind = TQAI_TRELLIS;
+    c->tables = t;
+    c->level_step = c->byte_step = unit;
+    c->largest_sum = 2147483647.0f / 127.0f - 512.0f;
+}
+
+static void trellis_free(const tqai_codec *c) {
+    const tqai_trellis *t = c->tables;
+    if (!t) return;
+    free((void *)t->levels);
+    free((void *)t->window_levels);
+    free((void *)t->window_index);
+    free((void *)t->values);
+    free((void *)t->matrices);
+    free((void *)t->nibbles);
+    free((void *)t->nibble_levels);
+    free((void *)t);
+}
