@@ -121,7 +121,11 @@ def _work(
     import torch
     from quality_tasks import perform, warm_up
 
-    if device != "cpu":
+    if device == "cpu":
+        from quality_cpu import show_queries
+
+        show_queries()
+    else:
         from quality_gpu import fast_trellis, quanto_without_compiler
 
         quanto_without_compiler()

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from pathological import COPIES, SINK_TOKENS, Copy, largest_difference, make_copy
+from quality_cpu import CPU_SETTINGS
 from quality_settings import MODELS, Study
 
+from tqai.config import NAMED_PRESETS
 from tqai.demo.retrieval import document
 from tqai.evaluation import (
     CacheMaker,
@@ -98,13 +100,17 @@ def _copied(name: str, copy: str, device: str) -> Copy:
 
 
 def _makers(
-    specs: tuple[str, ...], model: Any, seed: int, backend: str | None
+    specs: tuple[str, ...], model: Any, seed: int, backend: str | None, device: str, of_tokens: bool = True
 ) -> tuple[list[CacheMaker], dict[str, Any]]:
-    """Makers of the caches that work here, and what the others say instead."""
+    """Makers of the caches that work here, and what the others say instead; `of_tokens`: they are to be
+    read, not only counted."""
     makers, refused = [], {}
     for spec in specs:
-        ours = parse_spec(spec)[0][:1] in "Kk"
+        name = parse_spec(spec)[0]
+        ours = name in NAMED_PRESETS or name[:1] in "Kk"
         more = {"seed": seed, "backend": backend} if ours else {}
+        if ours and of_tokens and device == "cpu":
+            more |= CPU_SETTINGS
         try:
             makers.append(maker_from_spec(spec, model, **more))
         except Exception as error:  # whatever a foreign package raises is a reason
@@ -135,7 +141,7 @@ def _describe_copy(task: Task, study: Study, device: str, backend: str | None) -
 
 def _sizes(task: Task, study: Study, device: str, backend: str | None) -> dict[str, Any]:
     model = _loaded(task.model, device)[0]
-    makers, found = _makers(task.specs, model, task.seed, backend)
+    makers, found = _makers(task.specs, model, task.seed, backend, device, of_tokens=False)
     for maker in makers:
         size = size_at(maker, model.config, study.bits_tokens, torch.bfloat16, device, layers=1)
         found[maker.name] = {
@@ -149,7 +155,7 @@ def _sizes(task: Task, study: Study, device: str, backend: str | None) -> dict[s
 
 def _quality(task: Task, study: Study, device: str, backend: str | None) -> dict[str, Any]:
     copy, text = _copied(task.model, task.copy, device), _loaded(task.model, device)[2]
-    makers, found = _makers(task.specs, copy.model, task.seed, backend)
+    makers, found = _makers(task.specs, copy.model, task.seed, backend, device)
     prefix = torch.tensor(copy.prefix, dtype=text.dtype)
     pieces = split_documents(text, study.document_tokens - len(prefix), study.documents)
     numbers = study.numbers or tuple(range(study.documents))
@@ -186,7 +192,7 @@ def _quality(task: Task, study: Study, device: str, backend: str | None) -> dict
 
 def _retrieval(task: Task, study: Study, device: str, backend: str | None) -> dict[str, Any]:
     copy, tokenizer = _copied(task.model, task.copy, device), _loaded(task.model, device)[1]
-    makers, found = _makers(task.specs, copy.model, task.seed, backend)
+    makers, found = _makers(task.specs, copy.model, task.seed, backend, device)
     if not makers:
         return found
     start = "<s>" * len(copy.prefix)

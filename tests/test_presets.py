@@ -18,7 +18,7 @@ from tqai.config import (
 from tqai.errors import ConfigError
 
 BALANCED = CacheConfig(
-    3, 2, 4, 128, codec="trellis", offsets="auto", last_layer_bits=(4, 4)
+    3, 2, 4, 160, codec="trellis", offsets="auto", last_layer_bits=(4, 4), balance="auto"
 )  # bits_k, bits_v, sink_tokens, residual_window
 OTHERS = {
     "cache_strategy": "full",
@@ -41,7 +41,7 @@ def test_named_presets():
     assert CacheConfig.preset("balanced") == BALANCED
     assert CacheConfig.preset("quality").last_layer_bits == (8, 8)
     assert CacheConfig.preset("small", seed=4) == CacheConfig(
-        2, 1, 4, 128, codec="trellis", offsets="auto", last_layer_bits=(3, 3), seed=4
+        2, 1, 4, 128, codec="trellis", offsets="auto", last_layer_bits=(3, 3), balance="auto", seed=4
     )
     assert CacheConfig.preset("balanced", bits_k=4).bits_v == 2
     assert CacheConfig.preset("balanced", bits_budget=3.0).last_layer_bits is None

@@ -27,6 +27,7 @@ ROTATIONS = ("auto", "haar", "hadamard", "hadamard2", "identity")
 SCALES = ("least_squares", "norm")
 SCALE_FORMATS = ("bfloat16", "log8")
 OFFSETS = ("off", "on", "auto")
+BALANCE = ("off", "auto")
 MAX_BITS = 8
 MAX_WINDOW_TOKENS = 1 << 20
 RESIDUAL_STRATEGY_TOKENS = 128
@@ -40,7 +41,7 @@ FALLBACK_PRESET = "K4/V2"
 COMPRESSION_FIELDS = frozenset(
     {
         *("bits_k", "bits_v", "layer_bits", "last_layer_bits", "bits_budget", "budget_tokens"),
-        *("codec", "rotation", "rotation_v", "scale", "scale_format", "offsets"),
+        *("codec", "rotation", "rotation_v", "scale", "scale_format", "offsets", "balance"),
         *("sink_tokens", "residual_window", "use_qjl", "qjl_sketch_size"),
     }
 )
@@ -85,6 +86,9 @@ class CacheConfig:
         offsets: one vector per KV head and sequence is taken off all keys, and one off all values, before
             they are coded, and attention puts it right, exactly: "on"; "auto", where it takes at least
             1/32 off their energy; "off". Frozen from the tokens compressed first (`cache.offsets`).
+        balance: "auto" multiplies the coordinates of keys and divides those of queries where that takes at
+            least 3/10 off the error of logits, exactly (`cache.balance`); frozen with the offsets, from the
+            first queries; "off". Needs attention on the codes, which is where queries are seen.
         scale_format: "bfloat16", 16 bits per vector, or "log8", 8 bits and 16 bytes per page of both sides
             (`core.log_scale`): 0.055 bits per value less at head_dim 128, for 0.00016 of the energy.
         layer_bits: (bits_k, bits_v) of every layer of the cache, instead of one pair for all. A layer with
@@ -126,6 +130,7 @@ class CacheConfig:
     bits_budget: float | None = None
     budget_tokens: int = 8192
     last_layer_bits: tuple[int, int] | None = None
+    balance: str = "off"
 
     def __post_init__(self) -> None:
         _check_int("bits_k", self.bits_k, 1, MAX_BITS)
@@ -138,6 +143,7 @@ class CacheConfig:
         _check_choice("rotation", self.rotation, ROTATIONS)
         _check_choice("scale", self.scale, SCALES)
         _check_choice("offsets", self.offsets, OFFSETS)
+        _check_choice("balance", self.balance, BALANCE)
         _check_choice("scale_format", self.scale_format, SCALE_FORMATS)
         _check_int("budget_tokens", self.budget_tokens, 64, 1 << 30)
         if self.bits_budget is not None:

@@ -87,7 +87,7 @@ def test_unknown_version_is_named(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "_version_of", lambda tensors: 999)
     write_file(tmp_path / "future", *export_layer(layer)[:1], {})
     monkeypatch.undo()
-    with pytest.raises(FileVersionError, match="version 999: allowed are 1 to 2"):
+    with pytest.raises(FileVersionError, match="version 999: allowed are 1 to 3"):
         read_file(tmp_path / "future")
 
 

@@ -83,3 +83,18 @@ def test_speed_runs_on_codes(own_model, text):
     report = measure_speed(own_model, text, [cache_maker("K4/V4", own_model)], 140, 2, 3)["K4/V4"]
     assert 0 < report.kl_mean < 1
     assert report.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("settings", [{"balance": "auto"}, {"bits_budget": 6.0}], ids=str)
+def test_caches_that_look_at_queries_see_those_of_the_prompt(own_model, text, settings):
+    maker = cache_maker("K3/V3", own_model, **settings)
+    shared = prefill_caches(own_model, text[None, :150], [cache_maker("dynamic", own_model), maker])[1]
+    own = maker()
+    with torch.inference_mode():
+        own_model(text[None, :150], past_key_values=own)
+    for one, other in zip(shared.layers, own.layers, strict=True):
+        assert one.store.pool.pages == other.store.pool.pages == 2
+        assert torch.equal(one.store.pool.raw(), other.store.pool.raw())
+        energies = one.store._energy, other.store._energy
+        assert energies == (None, None) or torch.equal(*energies)
+        assert (energies[0] is None) == ("balance" not in settings)

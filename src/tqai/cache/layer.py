@@ -19,15 +19,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tqai.backends import Choice, load, resolve
-from tqai.backends.base import Attended, Backend, ExactTokens
-from tqai.backends.torch_ops.attention import attend as attend_exact
+from tqai.backends import Choice, resolve
+from tqai.backends.base import ExactTokens
+from tqai.cache.balance import factors, query_energy
 from tqai.cache.checks import check_tokens
 from tqai.cache.first_prefill import BitPlan
-from tqai.cache.memory import MemoryReport
 from tqai.cache.offsets import Offsets, estimate
 from tqai.cache.page_format import page_format_for
 from tqai.cache.pages import PagePool
+from tqai.cache.reading import LayerReading
 from tqai.cache.step import Step
 from tqai.cache.window import Window, joined
 from tqai.config import CacheConfig
@@ -39,7 +39,7 @@ __all__ = ["CompressedLayer", "page_format_for"]
 logger = logging.getLogger("tqai")
 
 
-class CompressedLayer:
+class CompressedLayer(LayerReading):
     """Keys and values of one layer for a batch of sequences of equal length (padding included).
 
     Attributes:
@@ -47,7 +47,10 @@ class CompressedLayer:
         record_past: a sliding layer keeps everything until the next `crop` (assisted decoding).
         soft_capped: the model soft-caps its logits, so that keys may have no offset: the cap is not
             blind to a shift. To be set before the first token.
-        offsets: what has been taken off everything held; None before the first page, and without offsets.
+        offsets: what has been taken off everything held, and by what keys were multiplied; None before the
+            first page, and without both.
+        expects_queries: every step's query will be shown (`see_query`), before the next step. To be set
+            before the first token; without it `balance` does nothing.
     """
 
     def __init__(self, config: CacheConfig, layer: int = 0, sliding_window: int | None = None) -> None:
@@ -56,6 +59,7 @@ class CompressedLayer:
         self.sliding_window = sliding_window
         self.record_past = False
         self.soft_capped = False
+        self.expects_queries = False
         self._plan: BitPlan | None = None
         self.reset()
 
@@ -66,6 +70,7 @@ class CompressedLayer:
         self.window: Window | None = None
         self.pool: PagePool | None = None
         self.offsets: Offsets | None = None
+        self._energy: Tensor | None = None
         self._choice: Choice | None = None
         self._decoded: ExactTokens | None = None
         if self._plan is not None:
@@ -83,10 +88,36 @@ class CompressedLayer:
 
     @property
     def waits(self) -> bool:
-        """Whether there is a page's worth of tokens that waits for the plan."""
-        if self._plan is None or not self._plan.pending or self.window is None:
+        """Whether there is a page's worth of tokens that waits for the plan or for a query."""
+        if self.window is None or not (self._is_planned or self.wants_query):
             return False
-        return len(self.window) >= PAGE_TOKENS + self.config.window_tokens + self.sink_tokens
+        return self._fills_a_page(len(self.window))
+
+    @property
+    def wants_query(self) -> bool:
+        """Whether the next query is to be shown: the first pages wait for it."""
+        if self.config.balance == "off" or not self.expects_queries or self._energy is not None:
+            return False
+        return self.pool is not None and not self.pool.pages
+
+    @property
+    def _is_planned(self) -> bool:
+        return self._plan is not None and self._plan.pending
+
+    def see_query(self, query: Tensor) -> None:
+        """`query` `[batch, query_heads, new_tokens, head_dim]` attends to the newest step."""
+        if self.waits and self.wants_query:
+            assert self.pool is not None
+            self._energy = query_energy(query, self.pool.kv_heads)
+            if not self._is_planned:
+                self._release()
+
+    def _release(self) -> None:
+        """Compress what has waited."""
+        assert self.window is not None
+        held = self.window.tokens
+        self.window = self._empty_window(*held)
+        self._settle(held, in_window=False)
 
     @property
     def window_tokens(self) -> ExactTokens:
@@ -99,9 +130,9 @@ class CompressedLayer:
         self.config = replace(self.config, bits_k=bits_k, bits_v=bits_v)
         if self.window is None or self.pool is None:
             return
-        held = self.window
-        self.prepare(*held.tokens)
-        self._settle(held.tokens, in_window=False)
+        self.prepare(*self.window.tokens, self.window)
+        if not self.wants_query:
+            self._release()
 
     @property
     def sink_tokens(self) -> int:
@@ -116,8 +147,9 @@ class CompressedLayer:
         sinks = self.sinks.keys.shape[2] if self.sinks is not None else 0
         return int(sinks) + self.pool.pages * PAGE_TOKENS + len(self.window)
 
-    def prepare(self, keys: Tensor, values: Tensor) -> None:
-        """Fix shapes, dtype, device, codecs and backend from the first keys and values.
+    def prepare(self, keys: Tensor, values: Tensor, window: Window | None = None) -> None:
+        """Fix shapes, dtype, device, codecs and backend from the first keys and values; `window` may bring
+        those that came before.
 
         Raises:
             ConfigError: the configuration does not fit them.
@@ -130,7 +162,10 @@ class CompressedLayer:
         dtype = str(keys.dtype).removeprefix("torch.")
         self._choice = resolve(page_format, keys.device.type, dtype, self.config.backend)
         self.pool = PagePool(page_format, keys.shape[0], keys.shape[1], keys.device)
-        self.window = Window(keys, values, self.config.window_tokens + PAGE_TOKENS)
+        self.window = window if window is not None else self._empty_window(keys, values)
+
+    def _empty_window(self, keys: Tensor, values: Tensor) -> Window:
+        return Window(keys, values, self.config.window_tokens + PAGE_TOKENS)
 
     def append(self, keys: Tensor, values: Tensor) -> Step:
         """Take new tokens in, `[batch, kv_heads, new_tokens, head_dim]`; returns what they may attend to.
@@ -141,8 +176,11 @@ class CompressedLayer:
         """
         held = None if self.window is None else ExactTokens(self.window.keys, self.window.values)
         check_tokens(keys, values, held, self.config.check_finite, self.layer, self.length)
-        if self._plan is not None and self.waits:
+        if self._plan is not None and self._is_planned and self.waits:
             self._plan.overdue()
+        if self.waits:
+            self.expects_queries = False  # none was shown for the step before
+            self._release()
         if self.window is None or self.pool is None:
             self.prepare(keys, values)
         assert self.window is not None and self.pool is not None
@@ -163,60 +201,6 @@ class CompressedLayer:
         self.length += keys.shape[2]
         self._settle(recent, fits)
         return step
-
-    def attend(
-        self,
-        step: Step,
-        query: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        softcap: float | None = None,
-        with_lse: bool = True,
-    ) -> Attended:
-        """Attention of `query` over a step of this layer; see `Backend.attend`.
-
-        A backend that fails at run time is replaced, once and with a warning, by the torch backend;
-        the codes are kept. Without `with_lse` the log-sum-exp may be that of keys without their
-        offsets, which spares a product.
-        """
-        offsets = step.offsets
-        if offsets is None:
-            return self._attend(step, query, mask, scaling, softcap)
-        if softcap is not None and offsets.keys is not None:
-            # nobody said so (`soft_capped`): right, and slow
-            return attend_exact(query, None, None, self.materialize(step), mask, scaling, softcap)
-        attended = self._attend(step, query, mask, scaling, softcap)
-        return offsets.corrected(attended, query, scaling if with_lse else None, mask is not None)
-
-    def _attend(
-        self, step: Step, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
-    ) -> Attended:
-        """Attention over what is held, without the offsets."""
-        if step.history is None:
-            return attend_exact(query, None, step.sinks, step.recent, mask, scaling, softcap)
-        arguments = (query, step.history, step.sinks, step.recent, mask, scaling, softcap)
-        try:
-            return self.backend.attend(*arguments)
-        except BackendError as error:
-            self._fall_back(error)
-            return self.backend.attend(*arguments)
-
-    def materialize(self, step: Step) -> ExactTokens:
-        """Keys and values of a step, decompressed; "incremental" keeps the history's copy for the next."""
-        if self.config.cache_strategy != "incremental" or step.history is None or step.history.first_token:
-            return step.materialize()
-        known = 0 if self._decoded is None else self._decoded.keys.shape[2] // PAGE_TOKENS
-        if known < step.history.pages:
-            fresh = step.decode_history(replace(step.history, table=step.history.table[:, known:]))
-            self._decoded = fresh if self._decoded is None else joined(self._decoded, fresh)
-        return step.materialize(self._decoded)
-
-    def view(self) -> Step | None:
-        """Everything held, as a step without own tokens; None before the first token."""
-        if self.window is None or self.pool is None:
-            return None
-        history = self.pool.history() if self.pool.pages else None
-        return Step(self.backend, self.sinks, history, self.window.tokens, 0, self.offsets)
 
     def crop(self, count: int) -> None:
         """Take the `count` newest tokens back. A page cut in two is decompressed into the window.
@@ -270,40 +254,9 @@ class CompressedLayer:
             self.sinks = ExactTokens(*(part.index_select(0, rows) for part in self.sinks))
         if self.offsets is not None:
             self.offsets = self.offsets.select(rows)
+        if self._energy is not None:
+            self._energy = self._energy.index_select(0, rows)
         self._decoded = None
-
-    @property
-    def backend(self) -> Backend:
-        """The backend in use."""
-        assert self._choice is not None
-        return self._choice.backend
-
-    def memory(self) -> MemoryReport:
-        """Bytes that this layer holds."""
-        if self.window is None or self.pool is None or self._choice is None:
-            return MemoryReport()
-        page_format, pool = self.pool.page_format, self.pool
-        heads, batch = pool.kv_heads, pool.table.shape[0]
-        row_bytes = page_format.key.row_bytes + page_format.value.row_bytes
-        codes_bytes = pool.used * heads * PAGE_TOKENS * row_bytes
-        scales_bytes = pool.used * heads * page_format.scales_bytes
-        slabs_bytes = pool.capacity * heads * page_format.page_bytes
-        exact = [self.window.keys, self.window.values, *(self.sinks or ())]
-        dims = page_format.key.spec.head_dim + page_format.value.spec.head_dim
-        return MemoryReport(
-            tokens=self.held_tokens,
-            values=batch * heads * self.held_tokens * dims,
-            codes_bytes=codes_bytes,
-            scales_bytes=scales_bytes,
-            window_bytes=sum(tensor.nbytes for tensor in exact),
-            table_bytes=pool.table_bytes,
-            slack_bytes=slabs_bytes - codes_bytes - scales_bytes,
-            offsets_bytes=0 if self.offsets is None else self.offsets.nbytes,
-            copy_bytes=sum(part.nbytes for part in self._decoded or ()),
-            layer_bits=() if self.waits else ((self.config.bits_k, self.config.bits_v),),
-            backend=self.backend.name,
-            backend_reason=self._choice.reason,
-        )
 
     def _out_of_sight(self, length: int) -> int:
         """How many of the first `length` tokens a next query cannot see."""
@@ -313,7 +266,7 @@ class CompressedLayer:
         """Move tokens from `recent` (window and new ones) to sinks and pages; keep the rest exact."""
         assert self.window is not None and self.pool is not None
         count, spent = recent.keys.shape[2], 0
-        if self._plan is not None and self._plan.pending:
+        if self._is_planned or (self.wants_query and self._fills_a_page(count)):
             self._wait(recent, in_window)
             return
         have = 0 if self.sinks is None else self.sinks.keys.shape[2]
@@ -330,7 +283,7 @@ class CompressedLayer:
                 spent, pages = spent + dead * PAGE_TOKENS, pages - dead
         if pages:
             stop = spent + pages * PAGE_TOKENS
-            if self.config.offsets != "off" and self.offsets is None and not self.pool.pages:
+            if self.offsets is None and not self.pool.pages:
                 recent = self._freeze_offsets(recent, spent, stop)
             self._compress(recent.keys[:, :, spent:stop], recent.values[:, :, spent:stop], pages)
             spent = stop
@@ -340,20 +293,29 @@ class CompressedLayer:
             self.window.replace(recent.keys[:, :, spent:], recent.values[:, :, spent:])
         self._drop_out_of_sight(force=False)
 
+    def _fills_a_page(self, count: int) -> bool:
+        return count >= PAGE_TOKENS + self.config.window_tokens + self.sink_tokens
+
     def _wait(self, recent: ExactTokens, in_window: bool) -> None:
-        """Keep `recent` exact while the bits are open."""
-        assert self.window is not None and self._plan is not None
+        """Keep `recent` exact while the bits are open, or the first query is to come."""
+        assert self.window is not None
         if not in_window:
             self.window = Window(*recent, capacity=recent.keys.shape[2] + PAGE_TOKENS)
             self.window.replace(*recent)
-        if self.waits:
+        if self._plan is not None and self._is_planned and self.waits:
             self._plan.filled(self)
 
     def _freeze_offsets(self, recent: ExactTokens, start: int, stop: int) -> ExactTokens:
-        """Take offsets, estimated from tokens start..stop-1 of `recent`, off everything held; returns
-        `recent` without them. The step under way keeps the tensors that it has."""
+        """Take offsets, estimated from tokens start..stop-1 of `recent`, off everything held, and balance
+        the keys; returns `recent` so. The step under way keeps the tensors that it has."""
         paged = ExactTokens(*(part[:, :, start:stop] for part in recent))
-        self.offsets = estimate(paged, self.config.offsets, of_keys=not self.soft_capped)
+        if self.config.offsets != "off":
+            self.offsets = estimate(paged, self.config.offsets, of_keys=not self.soft_capped)
+        if self._energy is not None:
+            plain = paged if self.offsets is None else self.offsets.taken_off(paged)
+            by = factors(plain.keys, self._energy)
+            if by is not None:
+                self.offsets = replace(self.offsets or Offsets(None, None), factors=by)
         if self.offsets is None:
             return recent
         self._move_exact(self.offsets.taken_off)
@@ -387,12 +349,3 @@ class CompressedLayer:
         unseen = self._out_of_sight(self.length) - (self.length - self.held_tokens)
         self.pool.keep(min(unseen // PAGE_TOKENS, self.pool.pages), self.pool.pages)
         self._decoded = None
-
-    def _fall_back(self, error: BackendError) -> None:
-        assert self._choice is not None and self.pool is not None
-        failed, torch_backend = self._choice.backend, load("torch")
-        if failed is torch_backend:
-            raise error
-        logger.warning("backend %s failed (%s); layer %d goes on with torch", failed.name, error, self.layer)
-        self.pool.convert(failed, torch_backend)
-        self._choice = Choice(torch_backend, f"{failed.name} failed: {error}")

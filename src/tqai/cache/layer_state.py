@@ -19,6 +19,9 @@ from tqai.errors import CorruptFileError, ModelMismatchError
 
 __all__ = ["export_layer", "import_layer"]
 
+OFFSETS = ("key_offsets", "value_offsets", "key_factors")
+"""Tensors of the parts of `Offsets`, in their order."""
+
 
 def export_layer(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and description (JSON values) of everything that `layer` holds.
@@ -49,9 +52,9 @@ def export_layer(layer: CompressedLayer) -> tuple[dict[str, Tensor], dict[str, A
     if layer.sinks is not None:
         tensors["sink_keys"], tensors["sink_values"] = layer.sinks
     if layer.offsets is not None:
-        for name, offset in (("key", layer.offsets.keys), ("value", layer.offsets.values)):
+        for name, offset in zip(OFFSETS, layer.offsets.parts(), strict=True):
             if offset is not None:
-                tensors[f"{name}_offsets"] = offset.squeeze(2)
+                tensors[name] = offset.squeeze(2)
     return tensors, about
 
 
@@ -126,10 +129,11 @@ def _offsets(
     batch: int, kv_heads: int, page_format: PageFormat, tensors: Mapping[str, Tensor], device: torch.device
 ) -> Offsets | None:
     parts: list[Tensor | None] = []
-    for name, codec in (("key", page_format.key), ("value", page_format.value)):
-        offset = tensors.get(f"{name}_offsets")
+    for name in OFFSETS:
+        offset = tensors.get(name)
+        codec = page_format.value if name == "value_offsets" else page_format.key
         shape = (batch, kv_heads, codec.spec.head_dim)
         if offset is not None and offset.shape != shape:
-            raise ValueError(f"{name}_offsets {list(offset.shape)} are not {list(shape)}")
+            raise ValueError(f"{name} {list(offset.shape)} are not {list(shape)}")
         parts.append(None if offset is None else offset.to(device).unsqueeze(2))
-    return None if parts == [None, None] else Offsets(*parts)
+    return None if all(part is None for part in parts) else Offsets(*parts)

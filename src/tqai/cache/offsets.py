@@ -48,15 +48,18 @@ class Offsets:
     Attributes:
         keys: `[batch, kv_heads, 1, head_dim]`.
         values: `[batch, kv_heads, 1, value_head_dim]`.
+        factors: `[batch, kv_heads, 1, head_dim]`; keys are held multiplied by them, after the offset was
+            taken off (`cache.balance`). None for 1.
     """
 
     keys: Tensor | None
     values: Tensor | None
+    factors: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(part.nbytes for part in (self.keys, self.values) if part is not None)
+        return sum(part.nbytes for part in self.parts() if part is not None)
 
     def taken_off(self, tokens: ExactTokens) -> ExactTokens:
         """`tokens` without the offsets, in their dtype: new tensors where there is an offset.
@@ -64,20 +67,33 @@ class Offsets:
         Rounded once to that dtype, so exact where a coordinate lies between half and twice its offset
         (Sterbenz), and within half a unit in the last place elsewhere.
         """
-        return ExactTokens(_sum(tokens.keys, self.keys, -1), _sum(tokens.values, self.values, -1))
+        keys = _sum(tokens.keys, self.keys, -1)
+        if self.factors is not None:
+            keys = _within(keys * self.factors)
+        return ExactTokens(keys, _sum(tokens.values, self.values, -1))
 
     def take_off_into(self, target: ExactTokens, tokens: ExactTokens) -> None:
         """Write `tokens` without the offsets into `target` (views of the same shape): `taken_off` without
         the tensors between, which a step would pay for."""
-        for held, new, offset in zip(target, tokens, self._parts(), strict=True):
+        for held, new, offset in zip(target, tokens, (self.keys, self.values), strict=True):
             if offset is None or new.requires_grad:
                 held.copy_(_sum(new, offset, -1))
             else:
                 _within(torch.sub(new, offset, out=held))
+        if self.factors is not None:
+            _within(target.keys.mul_(self.factors))
 
     def put_back(self, tokens: ExactTokens) -> ExactTokens:
         """Inverse of `taken_off`, but for rounding."""
-        return ExactTokens(_sum(tokens.keys, self.keys, 1), _sum(tokens.values, self.values, 1))
+        keys = tokens.keys if self.factors is None else tokens.keys / self.factors
+        return ExactTokens(_sum(keys, self.keys, 1), _sum(tokens.values, self.values, 1))
+
+    def for_query(self, query: Tensor) -> Tensor:
+        """`query` `[batch, query_heads, new_tokens, head_dim]` as attention to what is held wants it."""
+        if self.factors is None:
+            return query
+        by_head = query.unflatten(1, (self.factors.shape[1], -1))
+        return _within(by_head / self.factors.unsqueeze(2)).flatten(1, 2)
 
     def corrected(self, attended: Attended, query: Tensor, scaling: float | None, masked: bool) -> Attended:
         """Attention over the true tokens, of attention over tokens without offsets.
@@ -101,10 +117,11 @@ class Offsets:
 
     def select(self, rows: Tensor) -> Offsets:
         """The offsets of sequences `rows` (int64, on the device)."""
-        return Offsets(*(None if part is None else part.index_select(0, rows) for part in self._parts()))
+        return Offsets(*(None if part is None else part.index_select(0, rows) for part in self.parts()))
 
-    def _parts(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.keys, self.values
+    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three tensors, in the order of the fields."""
+        return self.keys, self.values, self.factors
 
 
 def estimate(tokens: ExactTokens, mode: str, of_keys: bool = True) -> Offsets | None:

@@ -30,10 +30,11 @@ from tqai.errors import CorruptFileError, FileVersionError
 __all__ = ["FORMAT_VERSION", "read_file", "write_file"]
 
 FORMAT_NAME = "tqai-cache"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest version that is read. Written is the oldest that says it all: 1, or 2 where a layer has
-offsets, which a reader of version 1 would leave out, or scales of one byte."""
+offsets, which a reader of version 1 would leave out, or scales of one byte, or 3 with balanced keys."""
 SINCE_VERSION_2 = ("key_offsets", "value_offsets")
+SINCE_VERSION_3 = ("key_factors",)
 
 
 def write_file(path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -94,6 +95,8 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def _version_of(tensors: Mapping[str, Tensor]) -> int:
+    if any(name.endswith(SINCE_VERSION_3) for name in tensors):
+        return 3
     for name, tensor in tensors.items():
         if name.endswith(SINCE_VERSION_2) or (name.endswith("key_scales") and tensor.dtype == torch.uint8):
             return 2

@@ -2,7 +2,8 @@
 
 Every cache here attends to the raw keys and values while an empty cache is filled, so what enters it
 does not depend on what it is. One pass over an uncompressed cache therefore yields the keys and values
-for all: each layer's go into each cache through its own `update`, exactly as the model would call it.
+for all: each layer's go into each cache through its own `update`, exactly as the model would call it. A
+cache of tqai that decides by queries too (`balance`, `bits_budget`) gets a pass of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tqai.config import CacheConfig
 from tqai.evaluation.chunked import run_tokens
 
 __all__ = ["fill_from", "fork_cache", "prefill_caches"]
@@ -22,8 +24,8 @@ __all__ = ["fill_from", "fork_cache", "prefill_caches"]
 def prefill_caches(model: Any, input_ids: Tensor, makers: Sequence[Callable[[], Any]]) -> list[Any]:
     """A new cache of each maker, filled with `input_ids` `[batch, tokens]`.
 
-    One forward pass serves all where every layer of the model is full attention; otherwise each cache
-    gets a pass of its own. With no tokens the caches stay empty.
+    One forward pass serves all where every layer of the model is full attention, but for caches that look
+    at queries; otherwise each cache gets a pass of its own. With no tokens the caches stay empty.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -38,8 +40,18 @@ def prefill_caches(model: Any, input_ids: Tensor, makers: Sequence[Callable[[], 
         return caches
     run_tokens(model, input_ids, source, last_only=True)
     for cache in caches:
-        fill_from(source, cache)
+        if _looks_at_queries(cache):
+            run_tokens(model, input_ids, cache, last_only=True)
+        else:
+            fill_from(source, cache)
     return caches
+
+
+def _looks_at_queries(cache: Any) -> bool:
+    settings = getattr(cache, "settings", None)
+    return isinstance(settings, CacheConfig) and (
+        settings.balance != "off" or settings.bits_budget is not None
+    )
 
 
 def fill_from(source: Any, target: Any) -> None:

@@ -44,7 +44,8 @@ def test_named_presets(name: str, first: list[Any], last: list[Any], tmp_path: A
     assert cache.layer_bits == tuple((key[1], value[1]) for key, value in (first, last))
     store = cache.layers[0].store
     assert (store.sinks.keys.shape[2], store.config.offsets) == (4, "auto")
-    assert 128 <= len(store.window) < 128 + 64
+    window = cache.settings.residual_window
+    assert window <= len(store.window) < window + 64
     cache.save(tmp_path / "cache")
     again = tqai.TurboQuantCache.load(tmp_path / "cache", model)
     assert again.layer_bits == cache.layer_bits

@@ -50,6 +50,8 @@ def tqai_attention(
     never formed.
     """
     pair = _pair_of(key, value)
+    if pair is not None and getattr(pair.store, "wants_query", False):
+        pair.store.see_query(query)
     plan = None if pair is None else getattr(pair.store, "plan", None)
     if pair is not None and plan is not None:
         plan.show_query(pair.store, query, query.shape[-1] ** -0.5 if scaling is None else scaling)

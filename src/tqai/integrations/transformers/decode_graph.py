@@ -111,6 +111,7 @@ class DecodeGraph:
             assert store.window is not None and store.pool is not None
             store.pool.recycle()
             store.window.fix()  # the captured step knows the buffer's address
+            store.expects_queries = False  # nor does anybody see its queries
             store._settle(store.window.tokens, in_window=True)
             store.window.move_to_front()
         first = self._stores[0]
@@ -211,7 +212,7 @@ class _GraphLayer(TurboQuantLayer):
             raise UnsupportedError("a mask in a captured step: allowed are sequences without padding")
         graph = self._graph
         out, lse = attend_pages(
-            query,
+            query if step.offsets is None else step.offsets.for_query(query),
             step.history.page_format,
             step.history.addresses,
             step.history.addresses.shape[1],

@@ -40,6 +40,7 @@ class _Compressed:
     ) -> None:
         self.store = CompressedLayer(config, index, sliding_window)
         self.on_codes = on_codes and config.cache_strategy in ("auto", "residual")
+        self.store.expects_queries = self.on_codes
 
     @property
     def is_initialized(self) -> bool:

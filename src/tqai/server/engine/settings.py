@@ -11,7 +11,7 @@ from tqai.errors import ConfigError
 __all__ = ["EngineSettings", "default_cache", "refuses"]
 
 
-NOT_SERVED = ("offsets", "bits_budget", "compress_hidden", "compress_ffn", "compress_attn_logits")
+NOT_SERVED = ("offsets", "balance", "bits_budget", "compress_hidden", "compress_ffn", "compress_attn_logits")
 """Fields of `CacheConfig` that make a page depend on more than its own 64 tokens, or change the model."""
 
 
