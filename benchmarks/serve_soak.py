@@ -39,7 +39,7 @@ CLIENTS = 24
 MAX_RUNNING, MAX_WAITING = 8, 8
 MAX_BODY = 256 << 10
 POOL = "5MiB"
-"""Less than the running requests want at times: some are preempted, and prefixes evicted."""
+"""Less than the running requests want at times: some wait for pages, and prefixes are evicted."""
 GROWTH_BYTES = 16 << 20
 LEAST_SECONDS = 600
 """Shorter runs are all warm-up: each of the server's threads allocates for the first time."""

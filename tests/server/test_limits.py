@@ -156,6 +156,85 @@ def test_an_unexpected_error_tells_nothing(served, monkeypatch):
     assert "secret" not in answer.text and "root" not in answer.text
 
 
+def test_limits_on_output_and_on_outputs_at_a_time(make_engine):
+    with make_engine(max_running=2, max_waiting=1) as engine, serving(engine, max_output_tokens=5) as served:
+        assert served.error(COMPLETIONS, prompt="x", max_tokens=6)[2] == "max_tokens"
+        assert served.error(CHAT, messages=MESSAGES, max_completion_tokens=6)[0] == 400
+        assert served.error(RESPONSES, input="x", max_output_tokens=6)[0] == 400
+        answer = served.post(CHAT, messages=MESSAGES, ignore_eos=True).json()
+        assert answer["usage"]["completion_tokens"] == 5, "the default is the limit"
+        status, message, param = served.error(COMPLETIONS, prompt="x", n=4, max_tokens=1)
+        assert (status, param) == (400, "n") and "at most 3" in message, "it would get 429 for ever"
+        assert len(served.post(COMPLETIONS, prompt="x", n=3, max_tokens=1).json()["choices"]) == 3
+
+
+def metrics_of(served):
+    """Values by name; a label but the model's is part of the name."""
+    text = served.http.get("/metrics").text
+    values = {}
+    for line in text.splitlines():
+        if line.startswith("tqai:"):
+            labels, _, value = line.removeprefix("tqai:").rpartition(" ")
+            assert f'model_name="{MODEL}"' in labels
+            labels = labels.replace(f'model_name="{MODEL}"', "").replace("{}", "")
+            values[labels.replace("{,", "{").replace(",}", "}")] = float(value)
+    return values
+
+
+def test_metrics_count_what_happens(make_engine, document_ids, monkeypatch):
+    """Two requests that end, the second one with a cached prefix; one that goes away; one that fails."""
+    with make_engine(max_running=1, pages=40) as engine, serving(engine) as served:
+        wanted = {"prompt": document_ids[:300], "temperature": 0, "ignore_eos": True}
+        served.post(COMPLETIONS, **wanted, max_tokens=3)
+        served.post(COMPLETIONS, **wanted, max_tokens=3, logit_bias={"7": 100}, stop_token_ids=[7])
+        long = {"model": MODEL, **wanted, "max_tokens": 1500, "stream": True}
+        with served.http.stream("POST", COMPLETIONS, json=long) as answer:
+            lines = answer.iter_lines()  # kept: the stream is closed with it
+            next(lines)
+            other = threading.Thread(target=served.post, args=(COMPLETIONS,), kwargs={"prompt": "y"})
+            other.start()
+            until(lambda: engine.figures().waiting == 1)
+            found, figures = metrics_of(served), engine.figures()
+            assert (found["num_requests_running"], found["num_requests_waiting"]) == (1, 1)
+            assert 4 <= found["kv_pages_requests"] <= figures.request_pages
+            assert found["kv_cache_usage_perc"] == found["kv_pages_requests"] / 40
+            page = engine.store.pool.page_bytes
+            held = found["kv_bytes_held"] - found["kv_pages_requests"] * page
+            assert held == engine.store.exact_bytes // 2
+            tokens = found["kv_bytes_bf16"] / engine.bf16_bytes_per_token
+            assert found["kv_pages_requests"] == tokens // 64
+        other.join(60)
+        assert engine.wait_idle(60)
+        monkeypatch.setattr(engine.scheduler.runner, "prefill", lambda *args: 1 / 0)
+        assert served.error(COMPLETIONS, prompt="x")[0] == 500
+        found = metrics_of(served)
+        counters = engine.scheduler.counters
+        reasons = ("length", "stop", "abort", "error")
+        counts = [found[f'request_success_total{{finished_reason="{reason}"}}'] for reason in reasons]
+        assert counts == [2, 1, 1, 1]
+        assert found["kv_pages_total"] == 40 and found["kv_pages_requests"] == 0
+        assert found["num_requests_running"] == found["num_requests_waiting"] == found["kv_bytes_held"] == 0
+        assert found["kv_pages_prefix_cache"] == 4
+        assert found["prefix_cache_queries_total"] == 3 * 300 + 1 + 1
+        assert found["prefix_cache_hits_total"] == 2 * 256
+        assert found["prompt_tokens_total"] == 300 + 2 * 44 + 1
+        assert found["generation_tokens_total"] == counters.generated_tokens
+        assert found["num_preemptions_total"] == 0
+        assert found["request_queue_time_seconds_count"] == 5
+        assert found["time_to_first_token_seconds_count"] == 4
+        assert found["e2e_request_latency_seconds_count"] == 3
+        assert found["time_per_output_token_seconds_count"] == 2
+        for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+            assert 0 < found[f"{name}_seconds_sum"] < 120
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
 def test_metrics_count(served):
     served.post(COMPLETIONS, prompt="x", max_tokens=3, temperature=0, ignore_eos=True)
     label = f'{{model_name="{MODEL}"}}'

@@ -50,7 +50,7 @@ class Gate:
             if message["type"] != "http.request" or not message.get("more_body", False):
                 break
         if too_long:
-            await _discard(receive, messages, limit)
+            await _discard(receive, messages, 2 * limit - size)
             body = error_body(413, f"the body is longer than {limit} bytes")
             await JSONResponse(body, 413, {"Connection": "close"})(scope, receive, send)
             return

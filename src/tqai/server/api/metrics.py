@@ -47,6 +47,8 @@ class Metrics:
             ("model_name", "finished_reason"),
             registry=self._registry,
         )
+        for reason in ("stop", "length", "abort", "error"):
+            self._ended.labels(model_name, reason)  # 0 from the start
         self._model_name = model_name
         engine.on_finished = self.observe
 
