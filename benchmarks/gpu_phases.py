@@ -21,7 +21,7 @@ from cuda.bindings import driver
 from gpu_attention import DIM, HEADS, KV_HEADS, SCALING, filled
 from gpu_timing import gpu_provenance
 
-from tqai.backends.cuda import CudaBackend, attention
+from tqai.backends.cuda import CudaBackend, attention, calls
 from tqai.backends.cuda import driver as launching
 from tqai.core.codec import CodecSpec, make_codec
 from tqai.core.page import PageFormat
@@ -70,10 +70,10 @@ def phases(batch: int, length: int, bits_k: int, bits_v: int, overlap: bool) -> 
     recent = attention.Exact(
         *(torch.randn(batch, KV_HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     )
-    attention.prepared.cache_clear()
-    attention._BY_IDENTITY.clear()
+    calls.prepared.cache_clear()
+    calls._BY_IDENTITY.clear()
     launching._KERNELS.clear()
-    attention.prepared(page_format, torch.bfloat16, query.device).macros["STAMPS"] = 1
+    calls.prepared(page_format, torch.bfloat16, query.device).macros["STAMPS"] = 1
 
     def launches() -> None:
         for _ in range(3):

@@ -2,52 +2,27 @@
 
 `attend_pages` never waits for the device, allocates nothing but its result (and, the first time on a
 stream, a workspace), reads page addresses and lengths on the device, and can be captured in a CUDA graph.
-What does not change from step to step (kernel, grid, most parameters) is prepared once and kept.
+What does not change from step to step (kernel, grid, most parameters) is prepared once and kept (`calls`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from tqai.backends.cuda.driver import Kernel, Launch, kernel, shared_memory_bytes
-from tqai.backends.cuda.levels import integer_levels
-from tqai.backends.cuda.params import CHANGING, Sizes, divisor
-from tqai.backends.cuda.plan import (
-    COLUMNS,
-    MAX_CLUSTER,
-    Shape,
-    attention_shared_bytes,
-    block_count,
-    choose_shape,
-    codec_macros,
-    rotation_plan,
-    split_count,
-)
-from tqai.backends.cuda.trellis_plan import (
-    is_trellis,
-    level_unit,
-    table,
-    table_bytes,
-    table_forms,
-    table_macros,
-)
+from tqai.backends.cuda.calls import prepared_by_identity
+from tqai.backends.cuda.params import CHANGING
+from tqai.backends.cuda.plan import Shape
 from tqai.backends.cuda.workspace import ABSENT, COUNTERS, workspace
 from tqai.core.page import PageFormat
-from tqai.errors import BackendError, InputError
+from tqai.errors import InputError
 
-__all__ = ["MAX_BATCH", "Exact", "attend_pages", "prepare"]
+__all__ = ["MAX_BATCH", "Exact", "attend_pages"]
 
 MAX_BATCH = 1024
-DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 EXACT_TOKENS = 16
 """Exact tokens of one work item."""
-KEPT_CALLS = 4096
-"""Prepared calls that are kept; a new number of pages every 64 tokens makes new ones."""
 
 
 class Exact(NamedTuple):
@@ -59,187 +34,6 @@ class Exact(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     counts: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Call:
-    """What depends on sizes alone.
-
-    Attributes: `sizes`, the second half of the parameters; `words`, of partial results, in a buffer that is
-    `awaited` or not; `segments`, counters.
-    """
-
-    launch: Launch
-    sizes: bytes
-    words: int
-    awaited: bool
-    segments: int
-
-
-class _Prepared:
-    """What depends on the page format, the dtype and the device: tables, rotations, kernels, calls."""
-
-    def __init__(self, page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> None:
-        self.format = page_format
-        self.macros = codec_macros(page_format, DTYPE_NAMES[dtype])
-        self.device = device
-        self.sizes = Sizes(times256=256)
-        self._kept: list[torch.Tensor] = []
-        self.shared_limit = shared_memory_bytes(device.index or 0)
-        self.table_bytes: int | None = None
-        if is_trellis(page_format):
-            self._trellis_tables()
-        for side, codec in (("k", page_format.key), ("v", page_format.value)):
-            if self.table_bytes is None:
-                levels = integer_levels(codec)
-                target = getattr(self.sizes, f"levels_{side}")
-                if codec.spec.bits == 8:
-                    lookup = torch.from_numpy(levels.lookup().view("int32")).to(device)
-                    setattr(self.sizes, f"lut_{side}", self._keep(lookup))
-                else:
-                    target.tables[:] = levels.permute_tables()
-                target.coefficients[:] = (levels.coef_a, levels.coef_b, levels.unit, levels.kappa)
-            plan = torch.from_numpy(rotation_plan(codec)).to(device)
-            setattr(self.sizes, f"plan_{side}", self._keep(plan))
-        self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self.has_clusters = torch.cuda.get_device_capability(device) >= (9, 0)
-        self._calls: dict[tuple[Any, ...], Call] = {}
-        self._clusters: dict[tuple[int, ...], int] = {}
-        self.value_dim = page_format.value.spec.head_dim
-
-    def _keep(self, tensor: torch.Tensor) -> int:
-        self._kept.append(tensor)
-        return tensor.data_ptr()
-
-    def _trellis_tables(self) -> None:
-        forms = table_forms(self.format, self.shared_limit)
-        if forms is None:
-            raise BackendError(f"tables of trellis codes do not fit into {self.shared_limit} bytes")
-        self.macros |= table_macros(self.format, forms)
-        self.table_bytes = table_bytes(self.format, forms)
-        sides = (("k", self.format.key), ("v", self.format.value))
-        for (side, codec), form in zip(sides, forms, strict=True):
-            entries = torch.from_numpy(table(codec, form.pair).view("int32").copy()).to(self.device)
-            setattr(self.sizes, f"lut_{side}", self._keep(entries))
-            getattr(self.sizes, f"levels_{side}").coefficients[:] = (1.0, 0.0, level_unit(codec), 0.0)
-
-    def shape(self, batch: int) -> Shape:
-        found = choose_shape(self.format, self.shared_limit, batch, self.table_bytes)
-        if found is None:
-            raise BackendError(f"a page of {self.format.page_bytes} bytes does not fit into shared memory")
-        return found
-
-    def kernel(self, file: str, shared_bytes: int, shape: Shape, **macros: int) -> Kernel:
-        given = {**self.macros, "WARPS": shape.warps, "STAGES": shape.stages, **macros}
-        return kernel(file, "tqai_attend", given, self.device, shared_bytes)
-
-    def call(self, key: CallKey) -> Call:
-        """The call of these sizes, prepared at first use."""
-        found = self._calls.get(key)
-        if found is None:
-            if len(self._calls) >= KEPT_CALLS:
-                self._calls.clear()
-            found = self._calls[key] = self._new_call(*key)
-        return found
-
-    def _new_call(
-        self,
-        batch: int,
-        kv_heads: int,
-        group: int,
-        new_tokens: int,
-        pages: int,
-        sinks: int,
-        exact_items: int,
-        softcap: float | None,
-        masked: bool,
-        out_dtype: torch.dtype,
-        shape: Shape | None,
-        blocks: int | None,
-        splits: int | None,
-        cluster: bool | None,
-    ) -> Call:
-        shape = shape or self.shape(batch)
-        shared = attention_shared_bytes(self.format, shape, batch, self.table_bytes)
-        col_groups = -(-group * new_tokens // COLUMNS)
-        segments = batch * kv_heads * col_groups
-        items = pages + exact_items
-        macros = {"SOFTCAP": int(softcap is not None), "MASKED": int(masked), "OUT": OUT_CODES[out_dtype]}
-        if splits is None and blocks is None:
-            splits = split_count(self.multiprocessors, segments, items)
-        sizes = Sizes.from_buffer_copy(self.sizes)
-        threads, words = shape.warps * 32, 0
-        part = COLUMNS * (self.value_dim + 2)
-        if splits is not None:
-            clustered = self.kernel("attend_split.cu", shared, shape, CLUSTER=1, **macros)
-            fits = splits == 1 or self._fit(clustered, splits, segments, threads, shared)
-            cluster = fits if cluster is None else cluster
-            function = clustered
-            if not cluster:
-                function = self.kernel("attend_split.cu", shared, shape, CLUSTER=0, **macros)
-                words = splits * segments * part
-            count, grid = splits, (splits, segments)
-        else:
-            count = blocks or block_count(self.multiprocessors, segments, items)
-            function, grid = self.kernel("attend_line.cu", shared, shape, **macros), (count, 1)
-            words = count * 2 * part
-        launch = Launch(
-            function, grid, threads, shared, splits if splits and cluster else 1, self.has_clusters
-        )
-        sizes.pages, sizes.sinks, sizes.batch, sizes.kv_heads = pages, sinks, batch, kv_heads
-        sizes.group, sizes.new_tokens, sizes.col_groups = group, new_tokens, col_groups
-        sizes.softcap = softcap or 0.0
-        sizes.by_items = divisor(max(items, 1))
-        sizes.by_heads = divisor(kv_heads * col_groups)
-        sizes.by_col_groups = divisor(col_groups)
-        sizes.by_group = divisor(group)
-        sizes.by_grid = divisor(count)
-        return Call(launch, bytes(sizes), words, splits is not None, segments)
-
-    def _fit(self, function: Kernel, splits: int, segments: int, threads: int, shared: int) -> bool:
-        """Whether clusters of `splits` blocks, one for each segment, run all at a time."""
-        if not self.has_clusters or splits > MAX_CLUSTER or self.table_bytes is not None:
-            return False  # with trellis codes: see `copy_address` in trellis_lookup.cuh
-        key = (function.address, splits, threads, shared)
-        found = self._clusters.get(key)
-        if found is None:
-            found = self._clusters[key] = function.clusters(splits, threads, shared)
-        return found >= segments
-
-
-CallKey = tuple[Any, ...]
-
-
-def prepare(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile and load the kernels that decoding uses most, so that a failure shows early.
-
-    Raises:
-        BackendError: they do not compile or load.
-    """
-    ready = prepared(page_format, dtype, device)
-    for pages in (1024, 4):
-        ready.call((1, 8, 4, 1, pages, 0, 1, None, False, dtype, None, None, None, None))
-
-
-@lru_cache(maxsize=64)
-def prepared(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> _Prepared:
-    """Tables on the device and kernels of one combination; made once."""
-    return _Prepared(page_format, dtype, device)
-
-
-_BY_IDENTITY: dict[tuple[int, torch.dtype, int | None], tuple[PageFormat, _Prepared]] = {}
-
-
-def _prepared_fast(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> _Prepared:
-    """As `prepared`, without hashing a page format at every step."""
-    key = (id(page_format), dtype, device.index)
-    found = _BY_IDENTITY.get(key)
-    if found is None:
-        if len(_BY_IDENTITY) >= KEPT_CALLS:
-            _BY_IDENTITY.clear()
-        # holds the format, so that its id stays its own
-        found = _BY_IDENTITY[key] = (page_format, prepared(page_format, dtype, device))
-    return found[1]
 
 
 def attend_pages(
@@ -287,7 +81,7 @@ def attend_pages(
         BackendError: the kernel does not compile or launch.
     """
     device = query.device
-    ready = _prepared_fast(page_format, query.dtype, device)
+    ready = prepared_by_identity(page_format, query.dtype, device)
     batch, query_heads, new_tokens, _ = query.shape
     if batch > MAX_BATCH:
         raise InputError(f"{batch} sequences in one call: at most {MAX_BATCH}")
@@ -307,8 +101,7 @@ def attend_pages(
             *(softcap, masked, dtype, shape, blocks, splits, cluster),
         )
     )
-    out = query.new_empty((batch, query_heads, new_tokens, ready.value_dim), dtype=dtype)
-    lse = query.new_empty((batch, query_heads, new_tokens), dtype=torch.float32)
+    out, lse = torch.empty_like(call.out), torch.empty_like(call.lse)
     recent_counts = None if recent is None else recent.counts
     stream = _stream(device)
     partial = counters = 0

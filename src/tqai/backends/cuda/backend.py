@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tqai.backends.base import Attended, ExactTokens, History
-from tqai.backends.cuda.attention import Exact, attend_pages, prepare
+from tqai.backends.cuda.attention import Exact, attend_pages
+from tqai.backends.cuda.calls import prepare
 from tqai.backends.cuda.codes import decode_pages, encode_pages, prepare_codes
 from tqai.backends.cuda.layout import fragment_pages, plain_pages
 from tqai.backends.cuda.plan import refuse_format
