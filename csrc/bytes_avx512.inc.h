@@ -1,5 +1,5 @@
-/* bytes_avx512.inc.h: the integer sums of 2-bit codes and of trellis codes as products of bytes, 64 to an
- * instruction; included by kernels_avx512.c.
+/* bytes_avx512.inc.h: the integer sums of 2-bit codes as products of bytes, 64 to an instruction; included by
+ * kernels_avx512.c. Trellis codes share the factors (trellis_avx512.inc.h).
  *
  * The four levels are 8-bit numbers to 3e-4 (byte_levels). A factor v of 12 bits is more than a byte, so two
  * query rows share a third row of bytes, their low parts:
@@ -70,14 +70,8 @@ INLINE __m512i byte_table(const tqai_codec *codec, int offset) {
     return _mm512_set1_epi32(four);
 }
 
-/* Trellis sides (`unpacked`) become levels page by page, in a buffer that stays in the first-level cache. */
-INLINE void key_bytes(const tqai_codec *codec, int unpacked, const uint8_t *const *codes, const uint8_t *const *next,
-                      int pages, const int16_t *q, int rows, int32_t *dots) {
-    const int dim = codec->head_dim, low = rows;
-    const __m512i table = unpacked ? _mm512_setzero_si512() : byte_table(codec, 128);
-    _Alignas(64) uint8_t level[64 * TQAI_MAX_HEAD_DIM];
-    int8_t bytes[BYTE_ROWS(MAX_ROWS) * TQAI_MAX_HEAD_DIM];
-    int32_t bias[BYTE_ROWS(MAX_ROWS)];
+/* Query rows as bytes, and for every row of bytes what 128 times their sum is, negative. */
+INLINE void split_keys(const int16_t *q, int dim, int rows, int8_t *bytes, int32_t *bias) {
     split_rows(q, dim, dim, rows, 1, bytes, dim);
 #pragma GCC unroll 6
     for (int b = 0; b < BYTE_ROWS(rows); b++) {
@@ -87,8 +81,28 @@ INLINE void key_bytes(const tqai_codec *codec, int unpacked, const uint8_t *cons
         sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
         bias[b] = -128 * _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
     }
-    for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
-        if (unpacked) trellis_bytes(codec, 0, codes[page], next[page], level);
+}
+
+/* 16 dots of a row from the sums of its high parts and of the low parts that it shares. */
+INLINE void store_dots(__m512i high, __m512i low, int second, int32_t *to) {
+    const __m512i rest = second ? _mm512_srai_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(8)), 4) : low;
+    _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_slli_epi32(high, 4), rest));
+}
+
+/* 16 dims of a row's sums, likewise. */
+INLINE void add_sums(__m512 high, __m512 low, int second, float step, float *to) {
+    const __m512 value = _mm512_fmsub_ps(high, _mm512_set1_ps(16.0f), _mm512_mul_ps(low, _mm512_set1_ps(second ? 0.0625f : 1.0f)));
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(value, _mm512_set1_ps(step), _mm512_loadu_ps(to)));
+}
+
+INLINE void key_bytes(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
+                      const int16_t *q, int rows, int32_t *dots) {
+    const int dim = codec->head_dim;
+    const __m512i table = byte_table(codec, 128);
+    int8_t bytes[BYTE_ROWS(MAX_ROWS) * TQAI_MAX_HEAD_DIM];
+    int32_t bias[BYTE_ROWS(MAX_ROWS)];
+    split_keys(q, dim, rows, bytes, bias);
+    for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS)
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) { /* two groups of 16 tokens */
             __m512i sum[BYTE_ROWS(MAX_ROWS)][2];
@@ -96,11 +110,9 @@ INLINE void key_bytes(const tqai_codec *codec, int unpacked, const uint8_t *cons
             for (int b = 0; b < BYTE_ROWS(rows); b++) sum[b][0] = sum[b][1] = _mm512_set1_epi32(bias[b]);
 #pragma GCC unroll 4
             for (int p = 0; p < dim / 4; p++) {
-                const uint8_t *unit = level + 64 * (4 * p + 2 * half);
-                const __m512i line = _mm512_loadu_si512(unpacked ? unit : codes[page] + LINE_BYTES * p);
-                const __m512i one = unpacked ? line : byte_unit(table, line, 2 * half);
-                const __m512i two = unpacked ? _mm512_loadu_si512(unit + 64) : byte_unit(table, line, 2 * half + 1);
-                if (!unpacked && p % 2 == half) _mm_prefetch((const char *)next[page] + LINE_BYTES * p, _MM_HINT_T1);
+                const __m512i line = _mm512_loadu_si512(codes[page] + LINE_BYTES * p);
+                const __m512i one = byte_unit(table, line, 2 * half), two = byte_unit(table, line, 2 * half + 1);
+                if (p % 2 == half) _mm_prefetch((const char *)next[page] + LINE_BYTES * p, _MM_HINT_T1);
 #pragma GCC unroll 6
                 for (int b = 0; b < BYTE_ROWS(rows); b++) {
                     const __m512i factor = four_of(bytes + b * dim + 4 * p);
@@ -111,19 +123,14 @@ INLINE void key_bytes(const tqai_codec *codec, int unpacked, const uint8_t *cons
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-                for (int g = 0; g < 2; g++) {
-                    const __m512i l = sum[low + r / 2][g];
-                    const __m512i rest = r % 2 ? _mm512_srai_epi32(_mm512_add_epi32(l, _mm512_set1_epi32(8)), 4) : l;
-                    _mm512_storeu_si512(dots + r * BLOCK_TOKENS + 32 * half + 16 * g,
-                                        _mm512_add_epi32(_mm512_slli_epi32(sum[r][g], 4), rest));
-                }
+                for (int g = 0; g < 2; g++)
+                    store_dots(sum[r][g], sum[rows + r / 2][g], r % 2, dots + r * BLOCK_TOKENS + 32 * half + 16 * g);
         }
-    }
 }
 
 /* `count` (1 or 2) of the `groups` (1, 2 or 4) groups of 16 dims of a chunk, from group `first` on. A line holds
  * 4 / groups quads of tokens. */
-INLINE void value_byte_groups(const tqai_codec *codec, int unpacked, __m512i table, const uint8_t *const *codes,
+INLINE void value_byte_groups(const tqai_codec *codec, __m512i table, const uint8_t *const *codes,
                               const uint8_t *const *next, int pages, const int8_t *bytes, const float *step, int rows,
                               int chunk, int groups, int first, int count, float *acc) {
     const int quads = 4 / groups;
@@ -132,15 +139,12 @@ INLINE void value_byte_groups(const tqai_codec *codec, int unpacked, __m512i tab
     for (int b = 0; b < BYTE_ROWS(rows); b++) sum[b][0] = sum[b][1] = _mm512_setzero_si512();
     for (int page = 0; page < pages; page++)
         for (int i = 0; i < 16 / quads; i++) {
-            const __m512i line = unpacked ? table : _mm512_loadu_si512(codes[page] + LINE_BYTES * (16 * chunk + i));
-            if (!unpacked && i % 2 == first / 2) _mm_prefetch((const char *)next[page] + LINE_BYTES * (16 * chunk + i), _MM_HINT_T1);
+            const __m512i line = _mm512_loadu_si512(codes[page] + LINE_BYTES * (16 * chunk + i));
+            if (i % 2 == first / 2) _mm_prefetch((const char *)next[page] + LINE_BYTES * (16 * chunk + i), _MM_HINT_T1);
 #pragma GCC unroll 4
             for (int quad = 0; quad < quads; quad++) {
-                const uint8_t *unit = codes[page] + 64 * (64 * chunk + groups * (quads * i + quad) + first);
-                const __m512i one = unpacked ? _mm512_loadu_si512(unit) : byte_unit(table, line, quad * groups + first);
-                const __m512i two = count == 1 ? one
-                                    : unpacked ? _mm512_loadu_si512(unit + 64)
-                                               : byte_unit(table, line, quad * groups + first + 1);
+                const __m512i one = byte_unit(table, line, quad * groups + first);
+                const __m512i two = count == 1 ? one : byte_unit(table, line, quad * groups + first + 1);
 #pragma GCC unroll 6
                 for (int b = 0; b < BYTE_ROWS(rows); b++) {
                     const __m512i weight = four_of(bytes + b * BLOCK_TOKENS + TQAI_PAGE_TOKENS * page + 4 * (i * quads + quad));
@@ -152,66 +156,41 @@ INLINE void value_byte_groups(const tqai_codec *codec, int unpacked, __m512i tab
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-        for (int g = 0; g < count; g++) {
-            float *out = acc + r * codec->head_dim + 64 * chunk + 16 * (first + g);
-            const __m512 h = _mm512_cvtepi32_ps(sum[r][g]), l = _mm512_cvtepi32_ps(sum[rows + r / 2][g]);
-            const __m512 value = _mm512_fmsub_ps(h, _mm512_set1_ps(16.0f), _mm512_mul_ps(l, _mm512_set1_ps(r % 2 ? 0.0625f : 1.0f)));
-            _mm512_storeu_ps(out, _mm512_fmadd_ps(value, _mm512_set1_ps(step[r]), _mm512_loadu_ps(out)));
-        }
+        for (int g = 0; g < count; g++)
+            add_sums(_mm512_cvtepi32_ps(sum[r][g]), _mm512_cvtepi32_ps(sum[rows + r / 2][g]), r % 2, step[r],
+                     acc + r * codec->head_dim + 64 * chunk + 16 * (first + g));
 }
 
-INLINE void value_byte_chunks(const tqai_codec *codec, int unpacked, const uint8_t *const *codes,
-                              const uint8_t *const *next, int pages, const int8_t *bytes, const float *step, int rows,
-                              float *acc) {
-    const __m512i table = unpacked ? _mm512_setzero_si512() : byte_table(codec, 0);
+INLINE void value_bytes(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
+                        const int16_t *w, const float *step, int rows, float *acc) {
+    const __m512i table = byte_table(codec, 0);
+    int8_t bytes[BYTE_ROWS(MAX_ROWS) * BLOCK_TOKENS];
+    split_rows(w, BLOCK_TOKENS, TQAI_PAGE_TOKENS * pages, rows, 0, bytes, BLOCK_TOKENS);
     for (int chunk = 0; chunk < (codec->head_dim + 63) / 64; chunk++) {
         const int groups = tqai_chunk_groups(codec->head_dim, 64 * chunk);
         if (groups == 4) {
-            value_byte_groups(codec, unpacked, table, codes, next, pages, bytes, step, rows, chunk, 4, 0, 2, acc);
-            value_byte_groups(codec, unpacked, table, codes, next, pages, bytes, step, rows, chunk, 4, 2, 2, acc);
+            value_byte_groups(codec, table, codes, next, pages, bytes, step, rows, chunk, 4, 0, 2, acc);
+            value_byte_groups(codec, table, codes, next, pages, bytes, step, rows, chunk, 4, 2, 2, acc);
         } else if (groups == 2) {
-            value_byte_groups(codec, unpacked, table, codes, next, pages, bytes, step, rows, chunk, 2, 0, 2, acc);
+            value_byte_groups(codec, table, codes, next, pages, bytes, step, rows, chunk, 2, 0, 2, acc);
         } else {
-            value_byte_groups(codec, unpacked, table, codes, next, pages, bytes, step, rows, chunk, 1, 0, 1, acc);
+            value_byte_groups(codec, table, codes, next, pages, bytes, step, rows, chunk, 1, 0, 1, acc);
         }
     }
 }
 
-#define PAGES_UNPACKED 2 /* at a time: 16 KiB at head_dim 128 */
-
-INLINE void value_bytes(const tqai_codec *codec, int unpacked, const uint8_t *const *codes, const uint8_t *const *next,
-                        int pages, const int16_t *w, const float *step, int rows, float *acc) {
-    int8_t bytes[BYTE_ROWS(MAX_ROWS) * BLOCK_TOKENS];
-    split_rows(w, BLOCK_TOKENS, TQAI_PAGE_TOKENS * pages, rows, 0, bytes, BLOCK_TOKENS);
-    if (!unpacked) {
-        value_byte_chunks(codec, 0, codes, next, pages, bytes, step, rows, acc);
-        return;
-    }
-    _Alignas(64) uint8_t level[PAGES_UNPACKED][64 * TQAI_MAX_HEAD_DIM];
-    const uint8_t *at[PAGES_UNPACKED];
-    for (int page = 0; page < pages; page += PAGES_UNPACKED) {
-        const int count = pages - page < PAGES_UNPACKED ? pages - page : PAGES_UNPACKED;
-        for (int i = 0; i < count; i++) {
-            trellis_bytes(codec, 1, codes[page + i], next[page + i], level[i]);
-            at[i] = level[i];
-        }
-        value_byte_chunks(codec, 1, at, at, count, bytes + TQAI_PAGE_TOKENS * page, step, rows, acc);
-    }
-}
-
-#define SPECIAL_BYTES(name, unpacked, rows)                                                                                        \
-    static __attribute__((noinline)) void keys_##name##_##rows(const tqai_codec *c, const uint8_t *const *p,            \
+#define SPECIAL_BYTES(rows)                                                                                          \
+    static __attribute__((noinline)) void keys_bytes_##rows(const tqai_codec *c, const uint8_t *const *p,            \
                                                             const uint8_t *const *next, int pages, const int16_t *q, \
                                                             int32_t *dots) {                                         \
-        key_bytes(c, unpacked, p, next, pages, q, rows, dots);                                                                 \
+        key_bytes(c, p, next, pages, q, rows, dots);                                                                 \
     }                                                                                                                \
-    static __attribute__((noinline)) void values_##name##_##rows(const tqai_codec *c, const uint8_t *const *p,          \
+    static __attribute__((noinline)) void values_bytes_##rows(const tqai_codec *c, const uint8_t *const *p,          \
                                                               const uint8_t *const *next, int pages,                 \
                                                               const int16_t *w, const float *step, float *acc) {     \
-        value_bytes(c, unpacked, p, next, pages, w, step, rows, acc);                                                          \
+        value_bytes(c, p, next, pages, w, step, rows, acc);                                                          \
     }
-SPECIAL_BYTES(bytes, 0, 1) SPECIAL_BYTES(bytes, 0, 2) SPECIAL_BYTES(bytes, 0, 4)
-SPECIAL_BYTES(trellis, 1, 1) SPECIAL_BYTES(trellis, 1, 2) SPECIAL_BYTES(trellis, 1, 4)
+SPECIAL_BYTES(1) SPECIAL_BYTES(2) SPECIAL_BYTES(4)
 
 static int any_below_zero(const int16_t *w, int tokens, int rows) {
     __m512i all = _mm512_setzero_si512();

@@ -21,9 +21,11 @@
 
 #include "vec_avx512.h"
 
+static inline int with_vbmi(void) { return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni"); }
+
 /* 2-bit levels are exact enough as bytes (bytes_avx512.inc.h), those of trellis codes are bytes. */
 static inline int of_bytes(const tqai_codec *codec) {
-    return codec->kind == TQAI_TRELLIS || (codec->kind == TQAI_SCALAR && codec->bits == 2);
+    return codec->kind == TQAI_TRELLIS ? with_vbmi() : codec->kind == TQAI_SCALAR && codec->bits == 2;
 }
 
 #include "convert.inc.h"
@@ -195,8 +197,8 @@ INLINE void value_sums_of(const tqai_codec *codec, int bits, const uint8_t *cons
 #define ALL_ROWS(bits) SPECIAL(bits, 1) SPECIAL(bits, 2) SPECIAL(bits, 4)
 ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8) ALL_ROWS(16)
 
-#include "trellis_avx512.inc.h"
 #include "bytes_avx512.inc.h"
+#include "trellis_avx512.inc.h"
 
 #define BY_ROWS(name, bits, ...)                       \
     do {                                               \
@@ -221,8 +223,12 @@ static void prefetch_side(const tqai_codec *codec, const uint8_t *codes) {
 static void key_dots(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
                      const int16_t *q, int rows, int32_t *dots) {
     if (of_bytes(codec)) {
-        if (codec->kind == TQAI_TRELLIS) BY_ROWS(keys, trellis, codec, codes, next, pages, q, dots);
+        if (codec->kind == TQAI_TRELLIS) BY_TRELLIS(keys, codec, codes, next, pages, q, dots);
         else BY_ROWS(keys, bytes, codec, codes, next, pages, q, dots);
+        return;
+    }
+    if (codec->kind == TQAI_TRELLIS) {
+        tqai_kernels_avx2.key_dots(codec, codes, next, pages, q, rows, dots);
         return;
     }
     for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
@@ -244,8 +250,12 @@ static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, con
                        const int16_t *w, const float *step, int rows, float *acc) {
     if (of_bytes(codec)) {
         if (any_below_zero(w, TQAI_PAGE_TOKENS * pages, rows)) values_of_both_signs(codec, codes, next, pages, w, step, rows, acc);
-        else if (codec->kind == TQAI_TRELLIS) BY_ROWS(values, trellis, codec, codes, next, pages, w, step, acc);
+        else if (codec->kind == TQAI_TRELLIS) BY_TRELLIS(values, codec, codes, next, pages, w, step, acc);
         else BY_ROWS(values, bytes, codec, codes, next, pages, w, step, acc);
+        return;
+    }
+    if (codec->kind == TQAI_TRELLIS) {
+        tqai_kernels_avx2.value_sums(codec, codes, next, pages, w, step, rows, acc);
         return;
     }
     if (codec->kind != TQAI_SCALAR) {

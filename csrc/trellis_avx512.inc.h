@@ -1,5 +1,6 @@
-/* trellis_avx512.inc.h: levels of trellis codes as bytes, for the products of bytes_avx512.inc.h; with VBMI and
- * GFNI 64 at a time.
+/* trellis_avx512.inc.h: the integer sums of trellis codes with VBMI and GFNI, as products of bytes
+ * (bytes_avx512.inc.h has the factors), 64 to an instruction; no level is ever written to memory. Without VBMI
+ * and GFNI (Intel before Ice Lake) the kernels of AVX2 serve.
  *
  * One instruction (vgf2p8affineqb) takes 64 bytes through a linear map over GF(2), two or three of them make
  * the indices m of 64 coordinates, and one (vpermb, vpermi2b) reads their levels from a table in registers:
@@ -7,13 +8,15 @@
  *   keys      bytes k, k + 1 (k + 2) of 64 tokens, for each of four coordinates; these are interleaved within
  *             128-bit lanes to four units (trellis.h says why tokens lie as they do)
  *   values    bytes of 8 tokens for each of 8 coordinates, picked from the 8 tokens' row by vpermq:
- *             qword u = coordinate 8 a + u, byte v = token v; two such are two units
+ *             qword u = coordinate 8 a + u, byte v = token v; its two 32-bit lanes are added in the end
  *
- * Units of 64 are those of layout.h for 2 bits; keys are levels + 128, values are signed.
+ * The units of keys are those of layout.h for 2 bits. Keys are levels + 128, values are signed.
  */
 #include "trellis.h"
 
 #define WITH_VBMI __attribute__((target("avx512vbmi,gfni")))
+#define EVEN_LANES _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define ODD_LANES _mm512_add_epi32(EVEN_LANES, _mm512_set1_epi32(1))
 #define VBMI_INLINE static inline __attribute__((always_inline, target("avx512vbmi,gfni")))
 
 typedef struct {
@@ -26,124 +29,182 @@ VBMI_INLINE level_bytes load_level_bytes(const tqai_trellis *t, int offset) {
                          _mm512_add_epi8(_mm512_loadu_si512(t->levels + 64), add)};
 }
 
-VBMI_INLINE __m512i look_up_bytes(const level_bytes *table, const int index_bits, __m512i index) {
-    if (index_bits == 7) return _mm512_permutex2var_epi8(table->low, index, table->high);
+VBMI_INLINE __m512i look_up_bytes(const level_bytes *table, const int bits, __m512i index) {
+    if (TQAI_TRELLIS_INDEX_BITS(bits) == 7) return _mm512_permutex2var_epi8(table->low, index, table->high);
     return _mm512_permutexvar_epi8(index, table->low);
 }
 
-VBMI_INLINE void trellis_key_bytes(const tqai_codec *codec, const int bits, const int three, const int index_bits,
-                                   const uint8_t *in, const uint8_t *ahead, uint8_t *out) {
-    const tqai_trellis *t = codec->tables;
-    const int row_bytes = tqai_trellis_row_bytes(codec);
-    const level_bytes table = load_level_bytes(t, 128);
-    for (int a = 0; a < codec->head_dim / 8; a++) {
-        __m512i line[6];
-#pragma GCC unroll 6
-        for (int k = 0; k < bits + 2; k++) {
-            const int at = bits * a + k;
-            line[k] = _mm512_loadu_si512(in + 64 * (at < row_bytes ? at : at - row_bytes));
-            if (k < bits) _mm_prefetch((const char *)ahead + 64 * at, _MM_HINT_T1);
-        }
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            __m512i of[4];
+/* Units 4 p .. 4 p + 3 of coordinates 4 p .. 4 p + 3 (p odd: those of the upper four of eight). */
+VBMI_INLINE void key_units(const tqai_trellis *t, const level_bytes *table, const int bits, const int state_bits, int upper,
+                           const __m512i *line, __m512i *unit) {
+    __m512i of[4];
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                const int u = 4 * half + j, k = bits * u / 8;
-                const uint64_t *map = t->matrices + 3 * u;
-                __m512i index = _mm512_xor_si512(
-                    _mm512_gf2p8affine_epi64_epi8(line[k], _mm512_set1_epi64((long long)map[0]), 0),
-                    _mm512_gf2p8affine_epi64_epi8(line[k + 1], _mm512_set1_epi64((long long)map[1]), 0));
-                if (three && bits * u % 8 > 5)
-                    index = _mm512_xor_si512(
-                        index, _mm512_gf2p8affine_epi64_epi8(line[k + 2], _mm512_set1_epi64((long long)map[2]), 0));
-                of[j] = look_up_bytes(&table, index_bits, index);
+    for (int j = 0; j < 4; j++) {
+        const int u = 4 * upper + j, k = bits * u / 8;
+        const uint64_t *map = t->matrices + 3 * u;
+        __m512i index = _mm512_gf2p8affine_epi64_epi8(line[k], _mm512_set1_epi64((long long)map[0]), 0);
+#pragma GCC unroll 2
+        for (int more = 1; 8 * more < bits * u % 8 + bits + state_bits; more++) /* the window's further bytes */
+            index = _mm512_xor_si512(
+                index, _mm512_gf2p8affine_epi64_epi8(line[k + more], _mm512_set1_epi64((long long)map[more]), 0));
+        of[j] = look_up_bytes(table, bits, index);
+    }
+    const __m512i low01 = _mm512_unpacklo_epi8(of[0], of[1]), high01 = _mm512_unpackhi_epi8(of[0], of[1]);
+    const __m512i low23 = _mm512_unpacklo_epi8(of[2], of[3]), high23 = _mm512_unpackhi_epi8(of[2], of[3]);
+    unit[0] = _mm512_unpacklo_epi16(low01, low23);
+    unit[1] = _mm512_unpackhi_epi16(low01, low23);
+    unit[2] = _mm512_unpacklo_epi16(high01, high23);
+    unit[3] = _mm512_unpackhi_epi16(high01, high23);
+}
+
+VBMI_INLINE void trellis_key_dots(const tqai_codec *codec, const int bits, const int state_bits, const uint8_t *const *codes,
+                                  const uint8_t *const *next, int pages, const int16_t *q, const int rows, int32_t *dots) {
+    const tqai_trellis *t = codec->tables;
+    const int dim = codec->head_dim, row_bytes = tqai_trellis_row_bytes(codec);
+    const level_bytes table = load_level_bytes(t, 128);
+    int8_t bytes[BYTE_ROWS(MAX_ROWS) * TQAI_MAX_HEAD_DIM];
+    int32_t bias[BYTE_ROWS(MAX_ROWS)];
+    split_keys(q, dim, rows, bytes, bias);
+    for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
+        const uint8_t *in = codes[page], *ahead = next[page];
+        __m512i sum[BYTE_ROWS(MAX_ROWS)][4];
+#pragma GCC unroll 6
+        for (int b = 0; b < BYTE_ROWS(rows); b++)
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; g++) sum[b][g] = _mm512_set1_epi32(bias[b]);
+        for (int a = 0; a < dim / 8; a++) {
+            __m512i line[6];
+#pragma GCC unroll 6
+            for (int k = 0; k < bits + 2; k++) {
+                const int at = bits * a + k;
+                line[k] = _mm512_loadu_si512(in + 64 * (at < row_bytes ? at : at - row_bytes));
+                if (k < bits) _mm_prefetch((const char *)ahead + 64 * at, _MM_HINT_T1);
             }
-            const __m512i low01 = _mm512_unpacklo_epi8(of[0], of[1]), high01 = _mm512_unpackhi_epi8(of[0], of[1]);
-            const __m512i low23 = _mm512_unpacklo_epi8(of[2], of[3]), high23 = _mm512_unpackhi_epi8(of[2], of[3]);
-            uint8_t *to = out + 64 * 4 * (2 * a + half);
-            _mm512_store_si512(to, _mm512_unpacklo_epi16(low01, low23));
-            _mm512_store_si512(to + 64, _mm512_unpackhi_epi16(low01, low23));
-            _mm512_store_si512(to + 128, _mm512_unpacklo_epi16(high01, high23));
-            _mm512_store_si512(to + 192, _mm512_unpackhi_epi16(high01, high23));
+#pragma GCC unroll 2
+            for (int upper = 0; upper < 2; upper++) {
+                __m512i unit[4];
+                key_units(t, &table, bits, state_bits, upper, line, unit);
+#pragma GCC unroll 6
+                for (int b = 0; b < BYTE_ROWS(rows); b++) {
+                    const __m512i factor = four_of(bytes + b * dim + 4 * (2 * a + upper));
+#pragma GCC unroll 4
+                    for (int g = 0; g < 4; g++) sum[b][g] = _mm512_dpbusd_epi32(sum[b][g], unit[g], factor);
+                }
+            }
         }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; g++) store_dots(sum[r][g], sum[rows + r / 2][g], r % 2, dots + r * BLOCK_TOKENS + 16 * g);
     }
 }
 
-VBMI_INLINE void trellis_value_bytes(const tqai_codec *codec, const int bits, const int three, const int index_bits,
-                                     const uint8_t *in, const uint8_t *ahead, uint8_t *out) {
-    const tqai_trellis *t = codec->tables;
-    const int dim = codec->head_dim, row_bytes = tqai_trellis_row_bytes(codec);
-    const level_bytes table = load_level_bytes(t, 0);
+/* Which of the row's bytes the eight coordinates read, and the maps of these. */
+typedef struct {
+    __m512i one, two, next, map[3];
+} value_maps;
+
+VBMI_INLINE value_maps load_value_maps(const tqai_trellis *t, const int bits) {
     int64_t first[8];
     uint64_t maps[3][8];
     for (int u = 0; u < 8; u++) {
         first[u] = bits * u / 8;
         for (int i = 0; i < 3; i++) maps[i][u] = t->matrices[3 * u + i];
     }
-    const __m512i one = _mm512_loadu_si512(first), two = _mm512_add_epi64(one, _mm512_set1_epi64(1));
-    const __m512i next = _mm512_add_epi64(one, _mm512_set1_epi64(2));
-    const __m512i map0 = _mm512_loadu_si512(maps[0]), map1 = _mm512_loadu_si512(maps[1]), map2 = _mm512_loadu_si512(maps[2]);
-    /* tokens 0 to 3, then 4 to 7, of 16 coordinates */
-    const __m512i low_four = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i high_four = _mm512_add_epi32(low_four, _mm512_set1_epi32(1));
-    for (int h = 0; h < 8; h++, in += 8 * row_bytes, ahead += 8 * row_bytes) {
-        _Alignas(64) uint8_t last[64] = {0}; /* the bytes of the last 8 coordinates, and the first ones again */
-        memcpy(last, in + 8 * (row_bytes - bits), 8 * (size_t)bits);
-        memcpy(last + 8 * bits, in, 16);
-        for (int b = 0; b < dim / 16; b++) {
-            __m512i of[2];
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) {
-                const int a = 2 * b + j, is_last = j == 1 && a == dim / 8 - 1;
-                const __m512i row = is_last ? _mm512_load_si512(last)
-                                            : _mm512_maskz_loadu_epi64((__mmask8)((4 << bits) - 1), in + 8 * bits * a);
-                __m512i index = _mm512_xor_si512(_mm512_gf2p8affine_epi64_epi8(_mm512_permutexvar_epi64(one, row), map0, 0),
-                                                 _mm512_gf2p8affine_epi64_epi8(_mm512_permutexvar_epi64(two, row), map1, 0));
-                if (three)
-                    index = _mm512_xor_si512(index, _mm512_gf2p8affine_epi64_epi8(_mm512_permutexvar_epi64(next, row), map2, 0));
-                of[j] = look_up_bytes(&table, index_bits, index);
+    value_maps m = {.one = _mm512_loadu_si512(first)};
+    m.two = _mm512_add_epi64(m.one, _mm512_set1_epi64(1));
+    m.next = _mm512_add_epi64(m.one, _mm512_set1_epi64(2));
+    for (int i = 0; i < 3; i++) m.map[i] = _mm512_loadu_si512(maps[i]);
+    return m;
+}
+
+/* Levels of 8 tokens and 8 coordinates, whose bytes begin at `in`. After them come the next ones (or scales, which
+ * nobody looks at), or at the end of the circle its beginning, `first`. */
+VBMI_INLINE __m512i value_levels(const value_maps *m, const level_bytes *table, const int bits, const int state_bits,
+                                 const uint8_t *in, const uint8_t *first) {
+    const int three = bits == 3 && state_bits == 8; /* the only windows in three bytes */
+    __m512i row = _mm512_loadu_si512(in);
+    if (first) row = _mm512_mask_loadu_epi64(row, (__mmask8)(3 << bits), first - 8 * bits);
+    __m512i index = _mm512_xor_si512(_mm512_gf2p8affine_epi64_epi8(_mm512_permutexvar_epi64(m->one, row), m->map[0], 0),
+                                     _mm512_gf2p8affine_epi64_epi8(_mm512_permutexvar_epi64(m->two, row), m->map[1], 0));
+    if (three)
+        index = _mm512_xor_si512(index, _mm512_gf2p8affine_epi64_epi8(_mm512_permutexvar_epi64(m->next, row), m->map[2], 0));
+    return look_up_bytes(table, bits, index);
+}
+
+/* Dims d .. d + 15, the last of the row or not. */
+VBMI_INLINE void trellis_value_dims(const tqai_codec *codec, const value_maps *maps, const level_bytes *table, const int bits,
+                                    const int state_bits, const uint8_t *const *codes, const uint8_t *const *next, int pages,
+                                    const int8_t *bytes, const float *step, const int rows, int d, const int last, float *acc) {
+    const int dim = codec->head_dim, row_bytes = tqai_trellis_row_bytes(codec), at = bits * d;
+    __m512i sum[BYTE_ROWS(MAX_ROWS)][2];
+#pragma GCC unroll 6
+    for (int b = 0; b < BYTE_ROWS(rows); b++) sum[b][0] = sum[b][1] = _mm512_setzero_si512();
+    for (int page = 0; page < pages; page++)
+        for (int h = 0; h < 8; h++) {
+            const uint8_t *in = codes[page] + 8 * row_bytes * h;
+            _mm_prefetch((const char *)next[page] + 8 * row_bytes * h + at, _MM_HINT_T1);
+            const __m512i low = value_levels(maps, table, bits, state_bits, in + at, NULL);
+            const __m512i high = value_levels(maps, table, bits, state_bits, in + at + 8 * bits, last ? in : NULL);
+#pragma GCC unroll 6
+            for (int b = 0; b < BYTE_ROWS(rows); b++) {
+                int64_t eight;
+                memcpy(&eight, bytes + b * BLOCK_TOKENS + TQAI_PAGE_TOKENS * page + 8 * h, sizeof eight);
+                const __m512i weight = _mm512_set1_epi64(eight);
+                sum[b][0] = _mm512_dpbusd_epi32(sum[b][0], weight, low);
+                sum[b][1] = _mm512_dpbusd_epi32(sum[b][1], weight, high);
             }
-            _mm_prefetch((const char *)ahead + 16 * bits * b, _MM_HINT_T1);
-            const int chunk = b / 4, groups = tqai_chunk_groups(dim, 64 * chunk);
-            uint8_t *to = out + 64 * (64 * chunk + 2 * h * groups + b % 4);
-            _mm512_store_si512(to, _mm512_permutex2var_epi32(of[0], low_four, of[1]));
-            _mm512_store_si512(to + 64 * groups, _mm512_permutex2var_epi32(of[0], high_four, of[1]));
         }
+    __m512 total[BYTE_ROWS(MAX_ROWS)];
+#pragma GCC unroll 6
+    for (int b = 0; b < BYTE_ROWS(rows); b++) {
+        const __m512i even = _mm512_permutex2var_epi32(sum[b][0], EVEN_LANES, sum[b][1]);
+        const __m512i odd = _mm512_permutex2var_epi32(sum[b][0], ODD_LANES, sum[b][1]);
+        total[b] = _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) add_sums(total[r], total[rows + r / 2], r % 2, step[r], acc + r * dim + d);
 }
 
-#define TRELLIS_BYTES(bits, three, index_bits)                                                                 \
-    WITH_VBMI static __attribute__((noinline)) void trellis_bytes_##bits##_##three##_##index_bits(             \
-        const tqai_codec *codec, int is_value, const uint8_t *in, const uint8_t *ahead, uint8_t *out) {        \
-        if (is_value) trellis_value_bytes(codec, bits, three, index_bits, in, ahead, out);                     \
-        else trellis_key_bytes(codec, bits, three, index_bits, in, ahead, out);                                \
-    }
-TRELLIS_BYTES(1, 0, 6) TRELLIS_BYTES(2, 0, 6) TRELLIS_BYTES(3, 0, 6) TRELLIS_BYTES(4, 0, 6) TRELLIS_BYTES(3, 1, 6)
-TRELLIS_BYTES(1, 0, 7) TRELLIS_BYTES(2, 0, 7) TRELLIS_BYTES(3, 0, 7) TRELLIS_BYTES(4, 0, 7) TRELLIS_BYTES(3, 1, 7)
-
-/* Without VBMI and GFNI (Intel before Ice Lake): the 16-bit levels of trellis_levels.inc.h, as bytes. */
-static void trellis_bytes_plain(const tqai_codec *codec, int is_value, const uint8_t *in, uint8_t *out) {
-    const int dim = codec->head_dim;
-    _Alignas(64) int16_t level[2 * TQAI_MAX_HEAD_DIM * UNIT];
-    tqai_kernels_avx512.steps[TQAI_TRELLIS]->unpack(codec, is_value, in, level);
-    for (int unit = 0; unit < dim; unit++) {
-        int half[2];
-        tqai_halves(is_value, dim, unit, &half[0], &half[1]);
-        for (int e = 0; e < 64; e++)
-            out[64 * unit + e] = (uint8_t)(level[half[e % 4 / 2] * UNIT + 2 * (e / 4) + e % 2] + (is_value ? 0 : 128));
-    }
+VBMI_INLINE void trellis_value_sums(const tqai_codec *codec, const int bits, const int state_bits,
+                                    const uint8_t *const *codes, const uint8_t *const *next, int pages, const int16_t *w,
+                                    const float *step, const int rows, float *acc) {
+    const level_bytes table = load_level_bytes(codec->tables, 0);
+    const value_maps maps = load_value_maps(codec->tables, bits);
+    int8_t bytes[BYTE_ROWS(MAX_ROWS) * BLOCK_TOKENS];
+    int d = 0;
+    split_rows(w, BLOCK_TOKENS, TQAI_PAGE_TOKENS * pages, rows, 0, bytes, BLOCK_TOKENS);
+    for (; d < codec->head_dim - 16; d += 16)
+        trellis_value_dims(codec, &maps, &table, bits, state_bits, codes, next, pages, bytes, step, rows, d, 0, acc);
+    trellis_value_dims(codec, &maps, &table, bits, state_bits, codes, next, pages, bytes, step, rows, d, 1, acc);
 }
 
-/* Levels of a page side: out [head_dim units][64], 64-byte aligned. `ahead` (any address) is prefetched as `in`
- * is read. */
-static void trellis_bytes(const tqai_codec *codec, int is_value, const uint8_t *in, const uint8_t *ahead, uint8_t *out) {
-    const tqai_trellis *t = codec->tables;
-    const int wide = t->index_bits == 7;
-    if (!(__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni"))) trellis_bytes_plain(codec, is_value, in, out);
-    else if (codec->bits == 1) (wide ? trellis_bytes_1_0_7 : trellis_bytes_1_0_6)(codec, is_value, in, ahead, out);
-    else if (codec->bits == 2) (wide ? trellis_bytes_2_0_7 : trellis_bytes_2_0_6)(codec, is_value, in, ahead, out);
-    else if (codec->bits == 4) (wide ? trellis_bytes_4_0_7 : trellis_bytes_4_0_6)(codec, is_value, in, ahead, out);
-    else if (t->state_bits == 6) (wide ? trellis_bytes_3_0_7 : trellis_bytes_3_0_6)(codec, is_value, in, ahead, out);
-    else (wide ? trellis_bytes_3_1_7 : trellis_bytes_3_1_6)(codec, is_value, in, ahead, out);
-}
+#define TRELLIS_ROWS(bits, state_bits, rows)                                                                         \
+    WITH_VBMI static __attribute__((noinline)) void keys_trellis_##bits##_##state_bits##_##rows(                     \
+        const tqai_codec *c, const uint8_t *const *p, const uint8_t *const *next, int pages, const int16_t *q,       \
+        int32_t *dots) {                                                                                             \
+        trellis_key_dots(c, bits, state_bits, p, next, pages, q, rows, dots);                                        \
+    }                                                                                                                \
+    WITH_VBMI static __attribute__((noinline)) void values_trellis_##bits##_##state_bits##_##rows(                   \
+        const tqai_codec *c, const uint8_t *const *p, const uint8_t *const *next, int pages, const int16_t *w,       \
+        const float *step, float *acc) {                                                                             \
+        trellis_value_sums(c, bits, state_bits, p, next, pages, w, step, rows, acc);                                 \
+    }
+#define TRELLIS_STATES(bits, state_bits)                                                                             \
+    TRELLIS_ROWS(bits, state_bits, 1) TRELLIS_ROWS(bits, state_bits, 2) TRELLIS_ROWS(bits, state_bits, 4)
+TRELLIS_STATES(1, 6) TRELLIS_STATES(2, 6) TRELLIS_STATES(3, 6) TRELLIS_STATES(4, 6)
+TRELLIS_STATES(1, 8) TRELLIS_STATES(2, 8) TRELLIS_STATES(3, 8) TRELLIS_STATES(4, 8)
+
+/* name(keys, values)_trellis_<bits>_<state bits>_<rows>(codec, ...) */
+#define BY_TRELLIS_BITS(name, state_bits, ...)                                                                       \
+    do {                                                                                                             \
+        if (codec->bits == 1) BY_ROWS(name, trellis_1_##state_bits, __VA_ARGS__);                                    \
+        else if (codec->bits == 2) BY_ROWS(name, trellis_2_##state_bits, __VA_ARGS__);                               \
+        else if (codec->bits == 3) BY_ROWS(name, trellis_3_##state_bits, __VA_ARGS__);                               \
+        else BY_ROWS(name, trellis_4_##state_bits, __VA_ARGS__);                                                     \
+    } while (0)
+#define BY_TRELLIS(name, ...)                                                                                        \
+    do {                                                                                                             \
+        if (((const tqai_trellis *)codec->tables)->state_bits == 6) BY_TRELLIS_BITS(name, 6, __VA_ARGS__);           \
+        else BY_TRELLIS_BITS(name, 8, __VA_ARGS__);                                                                  \
+    } while (0)
