@@ -1,6 +1,6 @@
 """What a request gets does not depend on what else is served, on preemption, or on the prefix cache."""
 
-from itertools import pairwise
+from itertools import count, pairwise
 
 import pytest
 import torch
@@ -12,10 +12,11 @@ from tqai.integrations.transformers import TurboQuantCache
 LENGTHS = (1, 5, 63, 64, 65, 100, 128, 129, 200, 255, 256, 257, 300, 320, 400, 513)
 
 
-def requests_of(document_ids, count, new_tokens=(8, 10)):
+def requests_of(document_ids, number, new_tokens=(8, 10)):
+    """Half of them greedy, half seeded; every third one begins like the others of these."""
     wanted = []
-    for index in range(count):
-        start, length = 37 * index, LENGTHS[index % len(LENGTHS)]
+    for index in range(number):
+        start, length = 37 * index if index % 3 else 0, LENGTHS[index % len(LENGTHS)]
         tokens = new_tokens[index // len(LENGTHS) % 2]
         sampling = {} if index % 2 == 0 else {"temperature": 1.0, "seed": index, "top_p": 0.9}
         wanted.append(request(document_ids[start : start + length], max_tokens=tokens, **sampling))
@@ -23,14 +24,33 @@ def requests_of(document_ids, count, new_tokens=(8, 10)):
 
 
 def test_32_concurrent_requests_get_what_each_gets_alone(make_engine, document_ids):
+    """Also when prefixes are found, and when now and then a request loses its pages."""
     wanted = requests_of(document_ids, 32)
-    with make_engine(max_running=32) as engine:
+    with make_engine(max_running=32, chunk_tokens=128) as engine:
         together = run(engine, wanted)
-        assert engine.scheduler.counters.decode_steps < sum(w.params.max_tokens for w in wanted) / 4
+        counters = engine.scheduler.counters
+        assert counters.decode_steps < sum(w.params.max_tokens for w in wanted) / 4
+        assert counters.prefix_hit_tokens > 500 and counters.preemptions == 0
         assert all(finished(outcome) for outcome in together)
-        engine.scheduler.prefixes.clear()
-        for wish, outcome in zip(wanted, together, strict=True):
-            assert run_one(engine, wish).tokens == outcome.tokens, len(wish.prompt)
+        disturb(engine.scheduler)
+        disturbed = run(engine, wanted)
+        assert counters.preemptions > 5 and counters.replayed_tokens > 5
+    with make_engine(max_running=32, chunk_tokens=128, prefix_caching=False) as engine:
+        for wish, outcome, other in zip(wanted, together, disturbed, strict=True):
+            assert run_one(engine, wish).tokens == outcome.tokens == other.tokens, len(wish.prompt)
+
+
+def disturb(scheduler):
+    """Preempt ten requests, in prefill or decode, one at every fourth step."""
+    pages_for_step, steps = scheduler._pages_for_step, count()
+
+    def disturbed():
+        step, active = next(steps), scheduler._active()
+        if step % 4 == 3 and step < 40 and len(active) > 1:
+            scheduler._preempt(active[step % len(active)])
+        return pages_for_step()
+
+    scheduler._pages_for_step = disturbed
 
 
 @pytest.mark.parametrize(
