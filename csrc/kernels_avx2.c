@@ -44,7 +44,7 @@ INLINE levels level_table(const tqai_codec *codec, int bits) {
     return (levels){_mm256_broadcastsi128_si256(low), _mm256_broadcastsi128_si256(high)};
 }
 
-/* What a pass reads: `lines` lines of 4 (2 and 4 bits) or 8 (3 bits) units. */
+/* What a pass reads: `lines` lines, a multiple of 4, of 4 (2 and 4 bits) or 8 (3 bits) units. */
 typedef struct {
     const uint8_t *codes, *high, *next; /* high: plane of high bits; next: prefetched from */
     int lines;
@@ -52,29 +52,39 @@ typedef struct {
 
 /* Each of `passes` passes (a power of two) prefetches some of the lines. */
 INLINE void prefetch_line(const chunk *c, int bits, int line, int passes, int pass) {
-    if (line % passes != pass) return;
+    if (line % 4 != pass % 4 || (passes == 8 && line % 8 != pass)) return;
     _mm_prefetch((const char *)c->next + LINE_BYTES * line, _MM_HINT_T1);
     if (bits == 3) _mm_prefetch((const char *)c->next + (c->high - c->codes) + LINE_BYTES * (line / 2), _MM_HINT_T1);
+}
+
+/* *sum += x, in the order in which it is written: the compiler would add up several lines first, and has not
+ * registers enough for that. */
+INLINE void add_to(__m256i *sum, __m256i x) {
+    *sum = _mm256_add_epi32(*sum, x);
+    __asm__("" : "+x"(*sum));
 }
 
 /* sum[r][0], sum[r][1] += products of the levels of unit s, 4 lanes of two partial sums each. */
 INLINE void pass_of_bytes(levels table, const chunk *c, int groups, int half, int s, const int16_t *terms, int row,
                           int rows, __m256i (*sum)[2]) {
-#pragma GCC unroll 2
-    for (int line = 0; line < c->lines; line++) {
-        const __m256i word = _mm256_loadu_si256((const __m256i *)(c->codes + LINE_BYTES * line + 32 * half));
-        const __m256i index = _mm256_and_si256(_mm256_srli_epi16(word, 2 * s), _mm256_set1_epi8(3));
-        const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
-        const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
-        const int16_t *quad = terms + 4 * ((4 * line + s) / groups);
-        prefetch_line(c, 2, line, 8, 4 * half + s);
+    for (int line4 = 0; line4 < c->lines; line4 += 4) {
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            int64_t four;
-            memcpy(&four, quad + r * row, sizeof four);
-            const __m256i factor = _mm256_set1_epi64x(four);
-            sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a, factor));
-            sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b, factor));
+        for (int i = 0; i < 4; i++) {
+            const int line = line4 + i;
+            const __m256i word = _mm256_loadu_si256((const __m256i *)(c->codes + LINE_BYTES * line + 32 * half));
+            const __m256i index = _mm256_and_si256(_mm256_srli_epi16(word, 2 * s), _mm256_set1_epi8(3));
+            const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
+            const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
+            const int16_t *quad = terms + 4 * (line * (4 / groups) + s / groups);
+            prefetch_line(c, 2, line, 8, 4 * half + s);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                int64_t four;
+                memcpy(&four, quad + r * row, sizeof four);
+                const __m256i factor = _mm256_set1_epi64x(four);
+                add_to(&sum[r][0], _mm256_madd_epi16(a, factor));
+                add_to(&sum[r][1], _mm256_madd_epi16(b, factor));
+            }
         }
     }
 }
@@ -89,31 +99,34 @@ INLINE __m256i pair_of(const int16_t *terms) {
 INLINE void pass_of_words(levels table, const chunk *c, int bits, int groups, int half, int s, const int16_t *terms,
                           int row, int rows, __m256i (*sum)[2]) {
     const int units = bits == 4 ? 4 : 8, passes = bits == 4 ? 4 : 8;
-#pragma GCC unroll 2
-    for (int line = 0; line < c->lines; line++) {
-        const __m256i word = _mm256_loadu_si256((const __m256i *)(c->codes + LINE_BYTES * line + 32 * half));
-        __m256i index = _mm256_srli_epi16(word, (bits == 4 ? 4 : 2) * s);
-        if (bits == 4) {
-            index = _mm256_and_si256(index, _mm256_set1_epi8(15));
-        } else { /* bits 0..3 of the high plane belong to the low byte, 4..7 to the high byte, two places up */
-            const __m256i *plane = (const __m256i *)(c->high + LINE_BYTES * (line / 2) + 32 * half);
-            const __m256i top = _mm256_srl_epi16(_mm256_loadu_si256(plane), _mm_cvtsi32_si128(8 * (line % 2) + s));
-            const __m256i bit = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(top, _mm256_set1_epi16(1)), 2),
-                                                _mm256_slli_epi16(_mm256_and_si256(top, _mm256_set1_epi16(16)), 6));
-            index = _mm256_or_si256(_mm256_and_si256(index, _mm256_set1_epi8(3)), bit);
-        }
-        const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
-        const __m256i low_byte = _mm256_set1_epi16(0xFF);
-        const __m256i a = _mm256_or_si256(_mm256_and_si256(low, low_byte), _mm256_slli_epi16(high, 8));
-        const __m256i b = _mm256_or_si256(_mm256_andnot_si256(low_byte, high), _mm256_srli_epi16(low, 8));
-        const int16_t *one = terms + 2 * ((units * line + s) / groups), *two = one;
-        if (units / 2 >= groups) two = terms + 2 * ((units * line + s + units / 2) / groups);
-        prefetch_line(c, bits, line, passes, passes / 2 * half + s);
+    for (int line4 = 0; line4 < c->lines; line4 += 4) {
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            const __m256i factor = pair_of(one + r * row);
-            sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a, factor));
-            sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b, two == one ? factor : pair_of(two + r * row)));
+        for (int i = 0; i < 4; i++) {
+            const int line = line4 + i;
+            const __m256i word = _mm256_loadu_si256((const __m256i *)(c->codes + LINE_BYTES * line + 32 * half));
+            __m256i index = _mm256_srli_epi16(word, (bits == 4 ? 4 : 2) * s);
+            if (bits == 4) {
+                index = _mm256_and_si256(index, _mm256_set1_epi8(15));
+            } else { /* bits 0..3 of the high plane belong to the low byte, 4..7 to the high byte, two places up */
+                const __m256i *plane = (const __m256i *)(c->high + LINE_BYTES * (line / 2) + 32 * half);
+                const __m256i top = _mm256_srli_epi16(_mm256_loadu_si256(plane), 8 * (i % 2) + s);
+                const __m256i bit = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(top, _mm256_set1_epi16(1)), 2),
+                                                    _mm256_slli_epi16(_mm256_and_si256(top, _mm256_set1_epi16(16)), 6));
+                index = _mm256_or_si256(_mm256_and_si256(index, _mm256_set1_epi8(3)), bit);
+            }
+            const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
+            const __m256i low_byte = _mm256_set1_epi16(0xFF);
+            const __m256i a = _mm256_or_si256(_mm256_and_si256(low, low_byte), _mm256_slli_epi16(high, 8));
+            const __m256i b = _mm256_or_si256(_mm256_andnot_si256(low_byte, high), _mm256_srli_epi16(low, 8));
+            const int16_t *one = terms + 2 * (line * (units / groups) + s / groups), *two = one;
+            if (units / 2 >= groups) two = terms + 2 * (line * (units / groups) + (s + units / 2) / groups);
+            prefetch_line(c, bits, line, passes, passes / 2 * half + s);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                const __m256i factor = pair_of(one + r * row);
+                add_to(&sum[r][0], _mm256_madd_epi16(a, factor));
+                add_to(&sum[r][1], _mm256_madd_epi16(b, two == one ? factor : pair_of(two + r * row)));
+            }
         }
     }
 }
@@ -258,8 +271,8 @@ INLINE void add_units(const int16_t *units, int stride, int count, const int16_t
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             const __m256i pair = pair_of(terms + r * row + 2 * i);
-            sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a, pair));
-            sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b, pair));
+            add_to(&sum[r][0], _mm256_madd_epi16(a, pair));
+            add_to(&sum[r][1], _mm256_madd_epi16(b, pair));
         }
     }
 }

@@ -2,6 +2,7 @@
 
 #define LOG2_E 1.44269504f
 
+#ifndef EXP2_BELOW /* an instruction set may have a way of its own */
 /* 2^x for x <= 0 to 2e-7 relative; 0 below -126 and for -inf; NaN for NaN. */
 static inline vf exp2_below(vf x) {
     const vf limit = v_set(-126.0f), clamped = v_max_or_nan(limit, x), whole = v_whole(clamped);
@@ -13,6 +14,7 @@ static inline vf exp2_below(vf x) {
     p = v_fma(p, f, v_set(1.0f));
     return v_zero_below(v_times_power(p, whole), x, limit);
 }
+#endif
 
 /* e^x for x <= 0, likewise, to 2e-7 * (1 + |x|) relative. */
 static inline vf exp_below(vf x) { return exp2_below(v_mul(x, v_set(LOG2_E))); }
@@ -106,7 +108,7 @@ static inline void softmax_row(const int32_t *dot, float by, const float *key_sc
     const vf slope = v_set(by * LOG2_E), shift = v_set(-from * LOG2_E);
     for (int t = 0; t < tokens; t += VL) {
         const vf p = exp2_below(v_fma(v_load(logit + t), slope, shift));
-        const vf x = v_zero_if_zero(v_mul(p, v_load(value_scale + t)), p); /* a hidden scale may be NaN */
+        const vf x = v_mul_or_zero(p, v_load(value_scale + t)); /* a hidden scale may be NaN */
         const vf magnitude = v_abs(x);
         sum = v_add(sum, p);
         total = v_add(total, magnitude);
@@ -127,7 +129,7 @@ static inline void softmax_row(const int32_t *dot, float by, const float *key_sc
     if (lift != 1.0f)
         for (int t = 0; t < tokens; t += VL) v_store(logit + t, v_mul(v_load(logit + t), v_set(lift)));
     for (int t = 0; t < tokens; t += 2 * VL)
-        v_store_int16(w + t, v_mul(v_load(logit + t), v_set(up)), v_mul(v_load(logit + t + VL), v_set(up)));
+        v_store_int16(w + t, v_load(logit + t), v_load(logit + t + VL), up);
 }
 
 static void softmax_block(const int32_t *dots, const float *factor, const float *key_scale,

@@ -18,8 +18,8 @@ static inline vf v_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
 static inline vf v_max_or_nan(vf a, vf b) { return _mm256_max_ps(a, b); }
 static inline vf v_max(vf a, vf b) { return _mm256_max_ps(b, a); }
 static inline vf v_zero_below(vf x, vf y, vf limit) { return _mm256_and_ps(_mm256_cmp_ps(y, limit, _CMP_NLT_UQ), x); }
-static inline vf v_zero_if_zero(vf x, vf y) {
-    return _mm256_and_ps(_mm256_cmp_ps(y, _mm256_setzero_ps(), _CMP_NEQ_UQ), x);
+static inline vf v_mul_or_zero(vf x, vf y) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ), _mm256_mul_ps(x, y));
 }
 /* n + 1.5 * 2^23: adding that number rounds, and leaves n in the low bits */
 static inline vf v_whole(vf x) { return _mm256_add_ps(x, _mm256_set1_ps(12582912.0f)); }
@@ -39,7 +39,8 @@ static inline float v_largest(vf a) {
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
 static inline int v_any_nan(vf a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
-static inline void v_store_int16(int16_t *p, vf a, vf b) {
-    const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+static inline void v_store_int16(int16_t *p, vf a, vf b, float by) {
+    const vf factor = v_set(by);
+    const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(v_mul(a, factor)), _mm256_cvtps_epi32(v_mul(b, factor)));
     _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(both, 0xD8)); /* the pack works by halves */
 }

@@ -17,19 +17,27 @@ static inline vf v_abs(vf a) { return _mm512_abs_ps(a); }
 /* the instruction gives its second operand where one is NaN */
 static inline vf v_max_or_nan(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf v_max(vf a, vf b) { return _mm512_max_ps(b, a); }
-static inline vf v_zero_below(vf x, vf y, vf limit) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, limit, _CMP_NLT_UQ), x);
+static inline vf v_mul_or_zero(vf x, vf y) {
+    return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), x, y);
 }
-static inline vf v_zero_if_zero(vf x, vf y) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NEQ_UQ), x);
+/* 2^x for x <= 0 to 2e-7 relative; 0 for -inf; NaN for NaN. x less its floor is 0 for -inf. */
+#define EXP2_BELOW
+static inline vf exp2_below(vf x) {
+    const vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    vf p = v_fma(v_set(1.8793185e-3f), f, v_set(8.99099559e-3f));
+    p = v_fma(p, f, v_set(5.58186769e-2f));
+    p = v_fma(p, f, v_set(2.40159273e-1f));
+    p = v_fma(p, f, v_set(6.93151712e-1f));
+    return _mm512_scalef_ps(v_fma(p, f, v_set(1.0f)), x); /* scalef takes the floor itself */
 }
-static inline vf v_whole(vf x) { return _mm512_roundscale_ps(x, 0); }
-static inline vf v_from_whole(vf n) { return n; }
-static inline vf v_times_power(vf x, vf n) { return _mm512_scalef_ps(x, n); }
 static inline float v_sum(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float v_largest(vf a) { return _mm512_reduce_max_ps(a); }
 static inline int v_any_nan(vf a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
-static inline void v_store_int16(int16_t *p, vf a, vf b) {
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a)));
-    _mm256_storeu_si256((__m256i *)(p + 16), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(b)));
+static inline void v_store_int16(int16_t *p, vf a, vf b, float by) {
+    /* + 1.5 * 2^23 rounds, and leaves the whole number in the low bits: of each 32, the low 16 */
+    const vf shift = v_set(12582912.0f), factor = v_set(by);
+    const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24,
+                                          22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(_mm512_castps_si512(v_fma(a, factor, shift)), even,
+                                                     _mm512_castps_si512(v_fma(b, factor, shift))));
 }

@@ -17,8 +17,8 @@ static inline vf v_max(vf a, vf b) { return vbslq_f32(vcgtq_f32(b, a), b, a); }
 static inline vf v_zero_below(vf x, vf y, vf limit) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vcltq_f32(y, limit)));
 }
-static inline vf v_zero_if_zero(vf x, vf y) {
-    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vceqq_f32(y, vdupq_n_f32(0.0f))));
+static inline vf v_mul_or_zero(vf x, vf y) {
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(vmulq_f32(x, y)), vceqq_f32(x, vdupq_n_f32(0.0f))));
 }
 static inline vf v_whole(vf x) { return vrndnq_f32(x); }
 static inline vf v_from_whole(vf n) { return n; }
@@ -29,6 +29,6 @@ static inline vf v_times_power(vf x, vf n) {
 static inline float v_sum(vf a) { return vaddvq_f32(a); }
 static inline float v_largest(vf a) { return vmaxvq_f32(a); }
 static inline int v_any_nan(vf a) { return vminvq_u32(vceqq_f32(a, a)) == 0; }
-static inline void v_store_int16(int16_t *p, vf a, vf b) {
-    vst1q_s16(p, vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(a)), vqmovn_s32(vcvtnq_s32_f32(b))));
+static inline void v_store_int16(int16_t *p, vf a, vf b, float by) {
+    vst1q_s16(p, vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(a, by))), vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(b, by)))));
 }
