@@ -7,6 +7,9 @@ import pytest
 import torch
 from tests.backends.cuda.conftest import formats
 
+from tqai.backends.cuda import codes
+from tqai.backends.cuda.codes import encode_generally
+from tqai.backends.cuda.encode import encode_with_tensor_cores, tensor_encoding_is_right
 from tqai.core.packing import unpack
 from tqai.core.page import pages_from_bytes
 
@@ -88,6 +91,27 @@ def test_decoding_is_that_of_core(cuda_backend, dim, bits_k, bits_v, dtype):
         assert mine[0, 0, 0].isnan().all()
         apart = (mine - wanted).abs().nan_to_num(0) <= tolerance * size + 1e-7
         assert apart.all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("bits_k", "bits_v", "dim"), [(4, 2, 128), (3, 3, 128), (2, 4, 64)])
+def test_tensor_cores_encode_here(cuda_backend, bits_k, bits_v, dim, dtype):
+    page_format = formats(bits_k, bits_v, dim)
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert tensor_encoding_is_right(page_format, dtype, device, encode_generally)
+    keys, values = (torch.randn(301, 7, 64, dim, device="cuda").to(dtype) for _ in range(2))
+    found, wanted = (
+        torch.full((301, 7, page_format.page_bytes), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(2)
+    )
+    encode_with_tensor_cores(keys, values, page_format, found)
+    encode_generally(keys, values, page_format, wanted)
+    assert (found != wanted).float().mean().item() < 1e-4
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_general_kernel_encodes_alike(cuda_backend, monkeypatch, dim):
+    monkeypatch.setattr(codes, "tensor_encoding_is_right", lambda *_: False)
+    test_codes_are_those_of_core(cuda_backend, dim, 4, 2, torch.bfloat16)
 
 
 def test_strided_and_unaligned_input(cuda_backend):

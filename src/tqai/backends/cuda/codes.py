@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from tqai.backends.cuda.driver import kernel
+from tqai.backends.cuda.encode import encode_with_tensor_cores, tensor_encoding_is_right
 from tqai.backends.cuda.plan import code_shared_bytes, codec_macros, quantizer_cells, rotation_plan
 from tqai.backends.cuda.trellis_codes import (
     decode_trellis_pages,
@@ -17,7 +18,7 @@ from tqai.backends.cuda.trellis_codes import (
 from tqai.backends.cuda.trellis_plan import is_trellis
 from tqai.core.page import PAGE_TOKENS, PageFormat
 
-__all__ = ["decode_pages", "encode_pages", "prepare_codes"]
+__all__ = ["decode_pages", "encode_generally", "encode_pages", "prepare_codes"]
 
 DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -76,6 +77,7 @@ def prepare_codes(page_format: PageFormat, dtype: torch.dtype, device: torch.dev
     shared = _prepared(page_format, device).shared
     kernel("encode.cu", "tqai_encode", codec_macros(page_format, DTYPE_NAMES[dtype]), device, shared)
     kernel("decode.cu", "tqai_decode", codec_macros(page_format, "float32"), device, shared)
+    tensor_encoding_is_right(page_format, dtype, device, encode_generally)
 
 
 def encode_pages(
@@ -88,6 +90,16 @@ def encode_pages(
     """
     if is_trellis(page_format):
         return encode_trellis_pages(keys, values, page_format, out)
+    if tensor_encoding_is_right(page_format, keys.dtype, keys.device, encode_generally):
+        encode_with_tensor_cores(keys, values, page_format, out)
+    else:
+        encode_generally(keys, values, page_format, out)
+
+
+def encode_generally(
+    keys: torch.Tensor, values: torch.Tensor, page_format: PageFormat, out: torch.Tensor
+) -> None:
+    """As `encode_pages`, by the kernel that takes every format and dtype (`encode.cu`)."""
     ready = _prepared(page_format, keys.device)
     params = _Params.from_buffer_copy(ready.params)
     params.pages = out.data_ptr()

@@ -1,0 +1,176 @@
+"""The encoding kernel with tensor cores, compiled for the CPU with stand-ins for a GPU's instructions."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.backends.cuda.conftest import formats
+
+from tqai.backends.cuda.compile import source
+from tqai.backends.cuda.encode_plan import bucket_cells, encode_words, has_tensor_encoding, tables_bytes
+from tqai.backends.cuda.layout import plain_pages
+from tqai.backends.cuda.plan import codec_macros
+from tqai.core.codec import CodecSpec, make_codec
+from tqai.core.packing import unpack
+
+RUN = """
+static EncodeParams params;
+static void keys_lane() { tqai_encode_keys(params); ended[current] = true; }
+static void values_lane() { tqai_encode_values(params); ended[current] = true; }
+extern "C" void run(const EncodeParams* given, int values, int blocks) {
+    params = *given;
+    gridDim = {blocks, 1};
+    for (int b = 0; b < blocks; ++b) {
+        blockIdx = {b, 0};
+        run_block(values ? values_lane : keys_lane);
+    }
+}
+extern "C" int shared_bytes(int values) {
+    return 4 * (values ? Sizes<DV>::TABLE + ENCODE_WARPS * 2 * Sizes<DV>::ROWS
+                       : Sizes<DK>::TABLE + ENCODE_WARPS * (2 * Sizes<DK>::ROWS + Sizes<DK>::STAGED));
+}
+"""
+
+
+class Params(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in ("pages", "source", "table")),
+        ("strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_float) for name in ("buckets", "boundary", "inner", "outer")),
+        *((name, ctypes.c_int32) for name in ("heads", "units", "least_squares")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Page format and dtype to the compiled kernels."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    folder = tmp_path_factory.mktemp("encode")
+    text = (
+        source("encode_mma.cu")
+        .replace(source("device.cuh"), "")
+        .replace(source("encode_instructions.cuh"), "")
+    )
+    text = re.sub(r"extern __shared__ .* u32 table\[\];", "u32* table = (u32*)shared_memory;", text)
+    text = text.replace(source("quantize.cuh").split("// 16 neighbouring elements")[1], "\n")
+    header = (Path(__file__).parent / "encode_on_cpu.h").read_text()
+
+    def build(page_format, dtype):
+        macros = [f"-D{name}={value}" for name, value in codec_macros(page_format, dtype).items()]
+        path = folder / ("".join(macros) + ".so")
+        if not path.exists():
+            file = folder / "kernel.cpp"
+            file.write_text(header + text + RUN)
+            command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, "-o", path, file]
+            subprocess.run(command, check=True)
+        return ctypes.CDLL(str(path))
+
+    return build
+
+
+def encoded(compiled, page_format, sides, blocks=1):
+    """Canonical pages of `[pages, heads, 64, dim]` vectors, by the kernel."""
+    dtype = {torch.bfloat16: "bfloat16", torch.float16: "float16"}[sides[0].dtype]
+    library = compiled(page_format, dtype)
+    pages, heads = sides[0].shape[:2]
+    out = np.full((pages, heads, page_format.page_bytes), 0xEE, dtype=np.uint8)
+    for values, (codec, side) in enumerate(zip((page_format.key, page_format.value), sides, strict=True)):
+        words = np.ascontiguousarray(encode_words(codec, dtype, bool(values)))
+        assert library.shared_bytes(values) == tables_bytes(codec.spec.head_dim, bool(values))
+        arrays = codec.tables()
+        half = len(arrays["centroids"]) // 2
+        params = Params(out.ctypes.data, side.data_ptr(), words.ctypes.data)
+        params.strides[:] = side.stride()[:3]
+        params.buckets, params.boundary = bucket_cells(codec)[1], arrays["boundaries"][half]
+        params.inner, params.outer = arrays["centroids"][half : half + 2]
+        params.heads, params.units = heads, pages * heads
+        params.least_squares = codec.spec.scale == "least_squares"
+        library.run(ctypes.byref(params), values, blocks)
+    return plain_pages(out, page_format)
+
+
+def check(page_format, got, sides):
+    for codec, mine, vectors in zip((page_format.key, page_format.value), got, sides, strict=True):
+        wanted = codec.encode(vectors.float().numpy())
+        codes, right = (
+            unpack(e.codes, codec.spec.bits, codec.spec.head_dim).astype(int) for e in (mine, wanted)
+        )
+        apart = codes != right
+        assert np.abs(codes - right).max() <= 1
+        rotated = vectors.double().nan_to_num(0, 0, 0).numpy()
+        rotated = (
+            rotated / np.maximum(np.abs(rotated).max(-1, keepdims=True), 1e-300) @ codec.rotation_matrix.T
+        )
+        unit = rotated / np.maximum(np.linalg.norm(rotated, axis=-1, keepdims=True), 1e-300)
+        boundary = codec.tables()["boundaries"][np.minimum(codes, right)[apart]]
+        assert (np.abs(unit[apart] - boundary) < 5e-7).all() and apart.sum() < 10
+        whole = ~apart.any(-1)
+        np.testing.assert_array_equal(mine.scales[whole] == 0x7FC0, wanted.scales[whole] == 0x7FC0)
+        steps = np.abs(mine.scales[whole].astype(int) - wanted.scales[whole].astype(int))
+        assert steps.max() <= 1 and (steps > 0).mean() < 5e-3
+
+
+def draw(*shape, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator).to(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("dim", "bits_k", "bits_v", "dtype"),
+    [(128, 4, 2, torch.bfloat16), (128, 3, 4, torch.float16), (64, 2, 3, torch.bfloat16)],
+)
+def test_codes_are_those_of_core(compiled, dim, bits_k, bits_v, dtype):
+    page_format = formats(bits_k, bits_v, dim)
+    sides = draw(3, 2, 64, dim, dtype=dtype)
+    for side in sides:
+        side[0, 1, 0] = 0
+        side[0, 1, 9] *= 1e-30 if dtype == torch.bfloat16 else 1e-3
+        side[0, 1, 2] *= 1e30 if dtype == torch.bfloat16 else 1e3
+        side[0, 1, 3, 5] = torch.nan
+        side[0, 1, 60, 7] = -torch.inf
+        if dtype == torch.bfloat16:
+            side[1, 0, 5] = 1e-39
+            side[1, 0, 6] = 3e38
+    check(page_format, encoded(compiled, page_format, sides), sides)
+
+
+def test_norm_scale_and_strides(compiled):
+    page_format = formats(4, 2, 128, scale="norm")
+    sides = [side.transpose(1, 2).contiguous().transpose(1, 2) for side in draw(3, 3, 64, 128)]
+    check(page_format, encoded(compiled, page_format, sides, blocks=2), sides)
+
+
+def test_which_formats_are_served():
+    assert has_tensor_encoding(formats(4, 2, 128), "bfloat16")
+    assert not has_tensor_encoding(formats(4, 2, 128), "float32")
+    for bits_k, bits_v, dim, rotation in (
+        (8, 4, 128, "auto"),
+        (4, 1, 128, "auto"),
+        (4, 4, 256, "auto"),
+        (4, 4, 96, "auto"),
+        (4, 4, 128, "hadamard"),
+        (4, 4, 128, "haar"),
+    ):
+        assert not has_tensor_encoding(formats(bits_k, bits_v, dim, rotation=rotation), "bfloat16")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_buckets_find_every_magnitude(dim, bits):
+    codec = make_codec(CodecSpec("scalar", dim, bits))
+    boundaries = codec.tables()["boundaries"]
+    positive = boundaries[boundaries > 0]
+    cells, buckets = bucket_cells(codec)
+    close = [np.nextafter(positive, np.float32(0)), positive, np.nextafter(positive, np.float32(2))]
+    t = np.concatenate([np.linspace(0, 1.001, 9999, dtype=np.float32), *close]).astype(np.float32)
+    cell = cells[np.floor(t.astype(np.float64) * buckets).astype(int)]
+    found = cell[:, 1] // 4 + (t >= cell[:, 0].view(np.float32))
+    np.testing.assert_array_equal(found, np.searchsorted(positive, t, side="right"))
