@@ -1,8 +1,9 @@
-"""Launches the encoding and decoding kernels of trellis codes."""
+"""Encodes and decodes pages of trellis codes: the Viterbi kernel or, for 256 states, torch's operations."""
 
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import lru_cache
 
 import numpy as np
@@ -10,16 +11,22 @@ import torch
 
 from tqai.backends.cuda.driver import kernel
 from tqai.backends.cuda.plan import codec_macros, rotation_plan
+from tqai.backends.cuda.trellis_encode import encode_macros, launch_encoder, serves
 from tqai.backends.cuda.trellis_layout import bit_places
 from tqai.backends.torch_ops.codes import torch_codec
 from tqai.core.page import PAGE_TOKENS, PageFormat
+from tqai.errors import BackendError
 
 __all__ = ["decode_trellis_pages", "encode_trellis_pages", "prepare_trellis_codes"]
+
+logger = logging.getLogger("tqai")
 
 DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 DECODE_THREADS = 256
 PAGES_AT_ONCE = 256
+MOST_WORSE = 0.02
+"""So much more error than torch's codes have on a page of random vectors refutes the kernel."""
 
 
 class _Side(ctypes.Structure):
@@ -72,6 +79,7 @@ def prepare_trellis_codes(page_format: PageFormat, dtype: torch.dtype, device: t
     """Compile and load the kernels of one dtype, so that a failure shows early (BackendError)."""
     macros = codec_macros(page_format, "float32")
     kernel("trellis_decode.cu", "tqai_decode", macros, device, _prepared(page_format, device).decode_shared)
+    _kernel_encodes(page_format, dtype, device)
 
 
 def decode_trellis_pages(
@@ -104,7 +112,61 @@ def encode_trellis_pages(
     keys: torch.Tensor, values: torch.Tensor, page_format: PageFormat, out: torch.Tensor
 ) -> None:
     """Compress `[pages, kv_heads, 64, head_dim]` into contiguous `out`, uint8 `[pages, kv_heads,
-    page_bytes]`. By torch's operations."""
+    page_bytes]`.
+
+    The last axis of the inputs is contiguous. Memory beside that: 32 to 256 KiB for each warp that is under
+    way, at most 8 on a multiprocessor.
+    """
+    if _kernel_encodes(page_format, keys.dtype, keys.device):
+        _encode_by_kernel(keys, values, page_format, out)
+    else:
+        _encode_by_torch(keys, values, page_format, out)
+
+
+def _encode_by_kernel(
+    keys: torch.Tensor, values: torch.Tensor, page_format: PageFormat, out: torch.Tensor
+) -> None:
+    sides = [(page_format.key, keys, False), (page_format.value, values, True)]
+    first, second = (encode_macros(codec, DTYPE_NAMES[array.dtype]) for codec, array, _ in sides)
+    for part in [sides] if first == second else [sides[:1], sides[1:]]:
+        launch_encoder(part, page_format, out)
+
+
+@lru_cache(maxsize=64)
+def _kernel_encodes(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel serves this; one page is encoded to see that its codes are as good as torch's."""
+    codecs = (page_format.key, page_format.value)
+    if not all(serves(codec) for codec in codecs):
+        return False
+    generator = torch.Generator(device).manual_seed(0)
+    vectors = [
+        torch.randn(1, 1, PAGE_TOKENS, codec.spec.head_dim, device=device, generator=generator).to(dtype)
+        for codec in codecs
+    ]
+    raw = torch.empty(1, 1, page_format.page_bytes, dtype=torch.uint8, device=device)
+    try:
+        _encode_by_kernel(vectors[0], vectors[1], page_format, raw)
+        decoded = decode_trellis_pages(raw.view(1, -1), page_format, torch.float32)
+    except BackendError as error:
+        logger.warning("trellis codes are made by torch, not by the CUDA kernel: %s", error)
+        return False
+    for codec, wanted, mine in zip(codecs, vectors, decoded, strict=True):
+        form = torch_codec(codec, device)
+        theirs = form.decode(*form.encode(wanted), torch.float32)
+        found, right = ((part.view_as(theirs) - wanted.float()).square().sum() for part in (mine, theirs))
+        if not bool(found <= (1.0 + MOST_WORSE) * right):
+            logger.warning(
+                "trellis codes are made by torch: the CUDA kernel's are of error %g, not %g",
+                float(found),
+                float(right),
+            )
+            return False
+    return True
+
+
+def _encode_by_torch(
+    keys: torch.Tensor, values: torch.Tensor, page_format: PageFormat, out: torch.Tensor
+) -> None:
     for start in range(0, len(out), PAGES_AT_ONCE):
         part = slice(start, start + PAGES_AT_ONCE)
         at = 0

@@ -1,0 +1,120 @@
+"""Tables of trellis codes for the CUDA kernels: entries, forms, refusals; and that the sources compile."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from tqai.backends.cuda import compile as compiling
+from tqai.backends.cuda.plan import attention_shared_bytes, choose_shape, codec_macros, refuse_format
+from tqai.backends.cuda.trellis_encode import encode_macros
+from tqai.backends.cuda.trellis_plan import (
+    Form,
+    level_unit,
+    table,
+    table_bytes,
+    table_forms,
+    table_macros,
+)
+from tqai.core.codec import CodecSpec, make_codec
+from tqai.core.page import PageFormat
+from tqai.core.trellis import windows_of
+
+LIMIT = 232448  # sm_90
+
+
+def formats(bits_k, bits_v, key_dim=128, value_dim=None, name="trellis"):
+    return PageFormat(
+        make_codec(CodecSpec(name, key_dim, bits_k)),
+        make_codec(CodecSpec(name, value_dim or key_dim, bits_v)),
+    )
+
+
+@pytest.mark.parametrize("name", ["trellis", "trellis256"])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_entries_are_the_levels_of_windows(name, bits):
+    codec = make_codec(CodecSpec(name, 128, bits))
+    single, pair = table(codec, False), table(codec, True)
+    codes = np.random.default_rng(0).integers(0, 2**bits, (5, 128)).astype(np.uint8)
+    windows = windows_of(codes, bits, codec.code.window_bits)
+    wanted = codec.tables()["windows"][windows]
+    unit = level_unit(codec)
+    np.testing.assert_allclose(single[windows].view(np.float32) * unit, wanted, rtol=1e-6)
+    wide = windows | (np.roll(windows, -1, -1) >> (codec.code.window_bits - bits)) << codec.code.window_bits
+    entries = pair[wide]
+    first = (entries << np.uint32(16)).view(np.float32)
+    second = (entries & np.uint32(0xFFFF0000)).view(np.float32)
+    np.testing.assert_allclose(first * unit, wanted, rtol=1e-6)
+    np.testing.assert_allclose(second * unit, np.roll(wanted, -1, -1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [LIMIT, 166912, 101376])
+@pytest.mark.parametrize("name", ["trellis", "trellis256"])
+@pytest.mark.parametrize("bits_v", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits_k", [1, 2, 3, 4])
+def test_chosen_tables_leave_room_for_pages(bits_k, bits_v, name, limit):
+    page_format = formats(bits_k, bits_v, name=name)
+    forms = table_forms(page_format, limit)
+    if forms is None:
+        assert name == "trellis256" or limit < 166912
+        return
+    size = table_bytes(page_format, forms)
+    shape = choose_shape(page_format, limit, 8, size)
+    assert shape is not None and shape.warps >= 4
+    assert attention_shared_bytes(page_format, shape, 8, size) <= limit
+
+
+def test_equal_bits_share_a_table_and_use_pairs_where_they_fit():
+    assert table_forms(formats(2, 2), LIMIT) == (Form(True, 32),) * 2
+    assert table_forms(formats(3, 3), LIMIT) == (Form(False, 32),) * 2
+    assert table_bytes(formats(3, 3), (Form(False, 32),) * 2) == 512 * 32 * 4
+    assert table_bytes(formats(4, 4), table_forms(formats(4, 4), LIMIT)) == 1024 * 32 * 4
+
+
+def test_refusals_say_what():
+    assert refuse_format(formats(3, 3)) is None
+    assert refuse_format(formats(4, 2, 64, 256)) is None
+    scalar = make_codec(CodecSpec("scalar", 128, 4))
+    mixed = PageFormat(make_codec(CodecSpec("trellis", 128, 4)), scalar)
+    assert "both sides" in refuse_format(mixed)
+    assert "'trellis256'" in refuse_format(PageFormat(scalar, make_codec(CodecSpec("trellis256", 128, 4))))
+    assert "1 bits and head_dim 32" in refuse_format(formats(1, 1, 32))
+    assert "24" in refuse_format(formats(3, 3, 24))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+@pytest.mark.parametrize(
+    ("arch", "bits", "dim", "name"), [("sm_90", 3, 80, "trellis"), ("sm_80", 2, 128, "trellis256")]
+)
+def test_sources_compile(tmp_path, arch, bits, dim, name):
+    page_format = formats(bits, bits, dim, name=name)
+    macros = codec_macros(page_format, "bfloat16")
+    form = table_forms(page_format, LIMIT if arch == "sm_90" else 166912)
+    attention = {**macros, **table_macros(page_format, form), "WARPS": 8, "STAGES": 1, "SOFTCAP": 0, "OUT": 1}
+    if arch == "sm_90":
+        split = {**attention, "MASKED": 0, "CLUSTER": 0}
+        files = [
+            ("attend_split.cu", split),
+            ("trellis_encode.cu", encode_macros(page_format.key, "bfloat16")),
+        ]
+    else:
+        files = [("attend_line.cu", {**attention, "MASKED": 1}), ("trellis_decode.cu", macros)]
+    for file, given in files:
+        source = tmp_path / file
+        source.write_text(compiling.source(file))
+        command = [
+            "nvcc",
+            "-std=c++17",
+            f"-arch={arch}",
+            "-cubin",
+            "-o",
+            str(tmp_path / "out.cubin"),
+            str(source),
+        ]
+        done = subprocess.run(
+            [*command, *compiling.options(given)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
