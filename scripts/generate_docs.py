@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import cache_option_tables  # noqa: E402
 import gpu_tables  # noqa: E402
 import mlx_tables  # noqa: E402
+import soak_tables  # noqa: E402
 import study_tables  # noqa: E402
 from option_tables import activations_table, qjl_table, solvers_table  # noqa: E402
 
@@ -38,6 +39,7 @@ DOCUMENTS = (
     "docs/quality.md",
     "docs/quality-options.md",
     "docs/mlx.md",
+    "docs/serve.md",
 )
 CLI = "docs/cli.md"
 PICTURE = "docs/images/demo.svg"
@@ -287,6 +289,8 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "offsets-error": cache_option_tables.offsets_error_table,
     "auto-bits": cache_option_tables.bits_table,
     "balance": cache_option_tables.balance_table,
+    "serve-soak": soak_tables.soak_table,
+    "serve-fuzz": soak_tables.fuzz_table,
     "study-kl": study_tables.kl_tables,
     "study-copies": study_tables.copies_table,
     "study-targets": study_tables.targets_table,

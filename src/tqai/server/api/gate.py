@@ -70,7 +70,7 @@ class Gate:
 async def _discard(receive: Receive, read: list[Message], most: int) -> None:
     """Read on for at most so many bytes: a client that is still sending would see a broken connection in
     place of the answer."""
-    message = read[-1] if read else {"type": "http.request", "more_body": True}
+    message: Message = read[-1] if read else {"type": "http.request", "more_body": True}
     while most > 0 and message["type"] == "http.request" and message.get("more_body", False):
         message = await receive()
         most -= len(message.get("body", b"")) or 1
