@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from quality_settings import Study
 
+from tqai.config import NAMED_PRESETS
 from tqai.evaluation import Interval, PlotPoint, bootstrap
 from tqai.evaluation.plot import draw_points
 
@@ -80,15 +81,21 @@ def merged(study: Study, parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _row(seeds: dict[int, dict[str, Any]], size: dict[str, Any], resamples: int) -> dict[str, Any]:
-    """Figures of one cache over its seeds; the interval is over documents, each with all its seeds."""
+    """Figures of one cache over its seeds; the interval is over documents, each with the seeds that it was
+    read with (all, or one of its own)."""
     runs = list(seeds.values())
     numbers = [_numbers(run) for run in runs]
     by_document = {
         number: float(
-            np.mean([run["kl_by_document"][of.index(number)] for run, of in zip(runs, numbers, strict=True)])
+            np.mean(
+                [
+                    run["kl_by_document"][of.index(number)]
+                    for run, of in zip(runs, numbers, strict=True)
+                    if number in of
+                ]
+            )
         )
-        for number in numbers[0]
-        if all(number in of for of in numbers)
+        for number in sorted({number for of in numbers for number in of})
     }
     interval = bootstrap([np.array([kl]) for kl in by_document.values()], np.mean, resamples=resamples)
     return {
@@ -98,8 +105,8 @@ def _row(seeds: dict[int, dict[str, Any]], size: dict[str, Any], resamples: int)
         "kl_median": float(np.mean([run["kl_median"] for run in runs])),
         "kl_p99": float(np.mean([run["kl_p99"] for run in runs])),
         "top1_agreement": float(np.mean([run["top1_agreement"] for run in runs])),
-        "perplexity": math.exp(float(np.mean([run["nll_by_document"] for run in runs]))),
-        "tokens": runs[0]["tokens"],
+        "perplexity": math.exp(float(np.mean([nll for run in runs for nll in run["nll_by_document"]]))),
+        "tokens": sum(run["tokens"] for run in runs),
         "kl_by_document": {str(number): kl for number, kl in by_document.items()},
         "family": size["family"],
     }
@@ -257,9 +264,10 @@ def _points(rows: dict[str, Any]) -> list[PlotPoint]:
     for spec, row in rows.items():
         family = row["family"]
         if family == "tqai":
-            if "window=128" not in spec or "offsets=auto" not in spec or "trellis256" in spec:
+            named = spec in NAMED_PRESETS
+            if not named and ("window=128" not in spec or "offsets=auto" not in spec):
                 continue
-            family = "tqai trellis" if "codec=trellis" in spec else "tqai scalar"
+            family = "tqai" if named else "tqai, the same bits in all layers"
         kl = row["kl_mean"]
         chosen.append(
             PlotPoint(

@@ -143,7 +143,9 @@ def _sizes(task: Task, study: Study, device: str, backend: str | None) -> dict[s
     model = _loaded(task.model, device)[0]
     makers, found = _makers(task.specs, model, task.seed, backend, device, of_tokens=False)
     for maker in makers:
-        size = size_at(maker, model.config, study.bits_tokens, torch.bfloat16, device, layers=1)
+        # one layer stands for all, but where the last has other bits
+        layers = 1 if maker.settings.get("last_layer_bits") is None else None
+        size = size_at(maker, model.config, study.bits_tokens, torch.bfloat16, device, layers)
         found[maker.name] = {
             "bits_per_value": size.mean,
             "bits_per_value_most": size.most,

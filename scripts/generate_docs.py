@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import cache_option_tables  # noqa: E402
+import choice_tables  # noqa: E402
 import gpu_tables  # noqa: E402
 import mlx_tables  # noqa: E402
 import soak_tables  # noqa: E402
@@ -291,7 +292,11 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "balance": cache_option_tables.balance_table,
     "serve-soak": soak_tables.soak_table,
     "serve-fuzz": soak_tables.fuzz_table,
+    "choices": choice_tables.choices_table,
+    "choices-balance": choice_tables.balance_table,
+    "choices-layers": choice_tables.layers_table,
     "study-kl": study_tables.kl_tables,
+    "study-short": study_tables.short_table,
     "study-copies": study_tables.copies_table,
     "study-targets": study_tables.targets_table,
     "study-peers": study_tables.peers_table,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["copies_table", "kl_tables", "peers_table", "retrieval_table", "targets_table"]
+__all__ = ["copies_table", "kl_tables", "peers_table", "retrieval_table", "short_table", "targets_table"]
 
 
 def kl_tables(root: Path) -> str:
@@ -33,6 +33,29 @@ def kl_tables(root: Path) -> str:
         f"rotation where it says so), then codes found of those asked for. Bits: mean over the lengths "
         f"{study['bits_tokens'] - 127} to {study['bits_tokens']}, bfloat16. {machines}."
     )
+    return "\n".join(lines)
+
+
+def short_table(root: Path) -> str:
+    """For the README: presets and peers, as trained and on the worst of the hard copies."""
+    result = _result(root)
+    models = result["study"]["models"]
+    lines = [f"| cache | bits | {' | '.join(models)} | worst hard copy |", "|---" * (3 + len(models)) + "|"]
+    specs = ("small", "balanced", "quality", "quanto-2", "quanto-4", "hqq-4", "fp8")
+    for spec in specs:
+        plain = [result["quality"][model]["plain"].get(spec) for model in models]
+        hard = [
+            rows[spec]["kl_mean"]["value"]
+            for model in models
+            for copy, rows in result["quality"][model].items()
+            if copy != "plain" and spec in rows
+        ]
+        if any(plain):
+            bits = [row["bits_per_value"] for row in plain if row]
+            span = f"{min(bits):.2f}" + (f" to {max(bits):.2f}" if max(bits) - min(bits) > 0.01 else "")
+            cells = [f"{row['kl_mean']['value']:.5f}" if row else "" for row in plain]
+            worst = f"{max(hard):.3g}" if hard else ""
+            lines.append(f"| {spec} | {span} | {' | '.join(cells)} | {worst} |")
     return "\n".join(lines)
 
 
@@ -72,27 +95,56 @@ def retrieval_table(root: Path) -> str:
 
 
 def targets_table(root: Path) -> str:
-    """The targets, with the best of our caches within the bits."""
-    lines = ["| at most | KL at most | model | copy | best | bits | KL | |", "|---" * 8 + "|"]
-    for row in _result(root)["targets"]:
-        lines.append(
-            f"| {row['bits']} | {row['limit']} | {row['model']} | {row['copy']} | {_name(row['cache'])} | "
-            f"{row['bits_per_value']:.2f} | {row['kl']:.4f} | {'reached' if row['reached'] else 'missed'} |"
-        )
+    """The targets: one line per size and model, one column per copy, with our best cache within the bits."""
+    result = _result(root)
+    copies = result["study"]["copies"]
+    lines = [
+        f"| at most | KL at most | model | cache | bits | {' | '.join(copies)} |",
+        "|---" * (5 + len(copies)) + "|",
+    ]
+    for bits in sorted({row["bits"] for row in result["targets"]}, reverse=True):
+        for model in result["study"]["models"]:
+            rows = [row for row in result["targets"] if (row["bits"], row["model"]) == (bits, model)]
+            for cache in dict.fromkeys(row["cache"] for row in rows):
+                of_copy = {row["copy"]: row for row in rows if row["cache"] == cache}
+                first = next(iter(of_copy.values()))
+                cells = [_target(of_copy.get(copy)) for copy in copies]
+                held = f"{first['bits_per_value']:.2f}"
+                words = [bits, first["limit"], model, _name(cache), held, *cells]
+                lines.append(f"| {' | '.join(map(str, words))} |")
     return "\n".join(lines)
 
 
 def peers_table(root: Path) -> str:
-    """Each peer against our best cache of no more bits, over the documents that both read."""
-    lines = ["| peer | bits | model | copy | its KL | ours | bits | KL |", "|---" * 8 + "|"]
-    for row in sorted(_result(root)["peers"], key=lambda row: (row["peer"], row["model"])):
-        ours = "none so small" if row["cache"] is None else _name(row["cache"])
-        bits, kl = ("", "") if row["cache"] is None else (f"{row['bits_per_value']:.2f}", f"{row['kl']:.4f}")
-        lines.append(
-            f"| {row['peer']} | {row['peer_bits']:.2f} | {row['model']} | {row['copy']} "
-            f"| {row['peer_kl']:.4f} | {ours} | {bits} | {kl} |"
-        )
+    """Each peer against our best cache of no more bits, over the documents that both read: its KL / ours."""
+    result = _result(root)
+    copies = result["study"]["copies"]
+    lines = [f"| peer | bits | model | {' | '.join(copies)} |", "|---" * (3 + len(copies)) + "|"]
+    for peer in dict.fromkeys(row["peer"] for row in sorted(result["peers"], key=lambda row: row["peer"])):
+        for model in result["study"]["models"]:
+            rows = {
+                row["copy"]: row for row in result["peers"] if (row["peer"], row["model"]) == (peer, model)
+            }
+            if rows:
+                cells = [_against(rows.get(copy)) for copy in copies]
+                bits = next(iter(rows.values()))["peer_bits"]
+                lines.append(f"| {peer} | {bits:.2f} | {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _target(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['kl']:.5f}" if row["reached"] else f"**{row['kl']:.5f} missed**"
+
+
+def _against(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if row["cache"] is None:
+        return f"{row['peer_kl']:.4f} / none so small"
+    ours = f"{row['kl']:.4f}"
+    return f"{row['peer_kl']:.4f} / {ours if row['below'] else f'**{ours}**'}"
 
 
 def _cell(row: dict[str, Any] | None) -> str:

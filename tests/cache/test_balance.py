@@ -81,6 +81,15 @@ def test_only_heads_that_win_take_part():
     assert 0 < MOST_LEFT < 1
 
 
+def test_a_coordinate_that_no_query_uses():
+    keys, energy = tokens(200).keys, query_energy(queries(100), HEADS)
+    keys[..., 9] *= 100.0
+    energy[..., 9] = 0.0
+    by = factors(keys, energy)
+    assert by.isfinite().all() and (by > 0).all()
+    assert (by[..., 9] < 0.1 * by[..., 10]).all()
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0, 3e38])
 def test_factors_of_odd_tokens(bad):
     keys = tokens(200).keys
@@ -143,6 +152,17 @@ def test_exact_tokens_stay_exact():
     assert offsets.nbytes == 2 * 2 * HEADS * DIM * 4
     rows = torch.tensor([1, 1, 0])
     assert torch.equal(offsets.select(rows).factors, offsets.factors[rows])
+
+
+def test_factors_are_of_keys_without_their_offset():
+    made = layer(offsets="on")
+    keys, values = tokens(300)
+    keys[..., 3] += 50.0
+    made.append(keys, values)
+    made.see_query(queries(300))
+    assert (made.offsets.keys[..., 3] > 40).all()
+    by = made.offsets.factors.squeeze(2)
+    assert (by[..., 3] / by[..., 2] - 1).abs().max() < 0.3
 
 
 @pytest.mark.parametrize("changes", [{}, {"residual_window": 20}], ids=str)

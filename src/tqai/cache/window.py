@@ -86,7 +86,7 @@ class Window:
         """Spend the `count` oldest tokens."""
         self.start += count
         if self.start and not self._fixed:
-            self._make_room(0)
+            self._copy_into_new(len(self))
 
     def drop_newest(self, count: int) -> None:
         """Take the `count` newest tokens back."""

@@ -15,8 +15,7 @@ __all__ = ["PlotPoint", "draw_points", "lower_edge", "plot_kl_against_bits"]
 LEAST_KL = 1e-6
 _STYLES = {
     "tqai": ("#1b6ca8", "o"),
-    "tqai trellis": ("#1b6ca8", "o"),
-    "tqai scalar": ("#7fb3d9", "o"),
+    "tqai, the same bits in all layers": ("#7fb3d9", "o"),
     "dynamic": ("#555555", "*"),
     "quanto": ("#c8553d", "s"),
     "hqq": ("#7a9e3a", "^"),

@@ -19,7 +19,6 @@ from tqai.evaluation.held import held_bytes, values_per_token
 __all__ = ["PERIOD_TOKENS", "CacheSize", "size_at"]
 
 PERIOD_TOKENS = 128
-STEP_TOKENS = 16
 MEAN = 2.0
 
 
@@ -32,7 +31,7 @@ class CacheSize:
 
     Attributes:
         tokens: the length.
-        mean, most: over the lengths `tokens - 127` to `tokens`, in steps of 16.
+        mean, most: over the lengths `tokens - 127` to `tokens`, reached token by token.
     """
 
     tokens: int
@@ -72,7 +71,7 @@ def size_at(
     generator = torch.Generator(device).manual_seed(0)
     cache, bits, held_tokens = make(), [], 0
     while held_tokens < tokens:
-        step = STEP_TOKENS if held_tokens else tokens - PERIOD_TOKENS
+        step = 1 if held_tokens else tokens - PERIOD_TOKENS
         step = min(step, tokens - held_tokens)
         shape = (1, kv_heads, step, head_dim)
         with torch.inference_mode():

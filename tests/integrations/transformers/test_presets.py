@@ -25,7 +25,7 @@ def spec_of(layer: Any) -> list[tuple[str, int]]:
 
 def filled(cache: Any, model: Any) -> Any:
     with torch.inference_mode():
-        model(prompt(260), past_key_values=cache)
+        model(prompt(500), past_key_values=cache)
     return cache
 
 
@@ -33,8 +33,8 @@ def filled(cache: Any, model: Any) -> Any:
     ("name", "first", "last"),
     [
         ("balanced", [("trellis", 3), ("trellis", 2)], [("trellis", 4), ("trellis", 4)]),
-        ("quality", [("trellis", 3), ("trellis", 3)], [("scalar", 8), ("scalar", 8)]),
-        ("small", [("trellis", 2), ("trellis", 1)], [("trellis", 3), ("trellis", 3)]),
+        ("quality", [("trellis", 3), ("trellis", 3)], [("scalar", 8), ("scalar", 4)]),
+        ("small", [("trellis", 2), ("trellis", 1)], [("trellis", 4), ("trellis", 2)]),
     ],
 )
 def test_named_presets(name: str, first: list[Any], last: list[Any], tmp_path: Any) -> None:
