@@ -16,11 +16,15 @@ from tqai.cli.options import (
     BackendOption,
     BitsK,
     BitsV,
+    Codec,
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    LastLayerBits,
     ModelOption,
+    Offsets,
     ResidualWindow,
+    ScaleFormat,
     SinkTokens,
     cache_config,
 )
@@ -139,6 +143,10 @@ def serve(
     bits_v: BitsV = None,
     sink_tokens: SinkTokens = None,
     residual_window: ResidualWindow = None,
+    codec: Codec = None,
+    offsets: Offsets = None,
+    scale_format: ScaleFormat = None,
+    last_layer_bits: LastLayerBits = None,
     backend: BackendOption = None,
     seed: Annotated[int, typer.Option(help="Seed of requests that bring none.")] = 0,
     device: DeviceOption = None,
@@ -152,12 +160,19 @@ def serve(
         raise CommandError(
             "--bits: sets both sides, so it excludes --bits-k, --bits-v and --config", WRONG_USAGE
         )
+    from tqai.server.engine.settings import refuses
+
     cache = cache_config(
         config,
+        refuses,
         bits_k=bits if bits is not None else bits_k,
         bits_v=bits if bits is not None else bits_v,
         sink_tokens=sink_tokens,
         residual_window=residual_window,
+        codec=codec,
+        offsets=offsets,
+        scale_format=scale_format,
+        last_layer_bits=last_layer_bits,
         backend=backend,
     )
     keys = _keys(api_key, api_key_file)
@@ -179,6 +194,7 @@ def serve(
 
     if chunk_tokens is None:
         chunk_tokens = 1024 if loaded.model.device.type == "cuda" else 256
+    cache = cache.by_layer(loaded.model.config.get_text_config(decoder=True).num_hidden_layers)
     engine = Engine(
         loaded.model,
         loaded.tokenizer,
