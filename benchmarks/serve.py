@@ -1,45 +1,43 @@
-"""How does the server do under load, compressed, uncompressed, and against `transformers serve`?
+"""How does the server do under load on a CPU: compressed, uncompressed, and against `transformers serve`?
 
-    python benchmarks/serve.py                        the embedded model on the CPU; writes the result
-    python benchmarks/serve.py --quick                a smoke run, writes nothing
-    python benchmarks/serve.py --shape 8b --prompt-tokens 8192,32768 --pool 40GiB
-                                                      a random model of 8 billion parameters, on a GPU
+    python benchmarks/serve.py             writes the result
+    python benchmarks/serve.py --quick     a smoke run, writes nothing
 
-An open-loop client sends greedy requests of held-out text (all at once, or at --rate per second) to each
-server in turn, with the same prompts and a fixed number of output tokens, and reports requests per
-second, time to the first token and time per later token at p50 and p99. The numbers of contexts held
-are counted from the pools: pages of a fixed number of bytes over the pages of one context.
+The servers run side by side, idle but for one. In a round every server in turn gets the same greedy requests
+of held-out text, all at once or at --rate per second (an open loop: requests arrive when they arrive); each
+round begins with another server. Reported are requests per second, time to the first token and time per later
+token at p50 and p99, medians over the rounds. --wrap names a command that the client is run by, such as one
+that keeps other programs from the processors. `serve_gpu.py` is the same on a GPU.
 
-Correctness first: a server's figures count only if every request got all its tokens, if a request among
-the others got the text that it gets alone, and if the uncompressed server's greedy text is the one of
-`model.generate` (its first characters, as arithmetic in another order may part ways later).
+Correctness first: figures count only if every request got all its tokens, if tqai's requests got the text
+that each gets alone, and if the uncompressed server's text begins as that of `model.generate`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import os
-import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 from provenance import ROOT, provenance
-from serve_load import Load, run_load, summary
+from serve_load import Load, run_load_apart, summary
 
 from tqai import demo
 from tqai.cli.serve import parse_bytes
 
-RESULT = ROOT / "benchmarks" / "results" / "serve.json"
+RESULT = ROOT / "benchmarks" / "results" / "serve_cpu.json"
 SERVED_NAME = "model"
-START_SECONDS = 900
+START_SECONDS = 300
 SAME_CHARACTERS = 20
 SHAPE_8B = {
     "hidden_size": 4096,
@@ -58,77 +56,104 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=("embedded", "8b"), default="embedded")
     parser.add_argument("--servers", default="tqai K4/V2,tqai uncompressed,transformers serve")
-    parser.add_argument("--prompt-tokens", default="512,2048")
-    parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--loads", default="512x4x24,2048x3x24", help="prompt x requests x output tokens")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rate", type=float, default=None, help="arrivals per second; without: all at once")
-    parser.add_argument("--pool", default="64MiB", help="bytes of the page pool of the tqai servers")
+    parser.add_argument("--pool", default="128MiB", help="bytes of the page pool of the tqai servers")
     parser.add_argument("--max-running", type=int, default=8)
-    parser.add_argument("--port", type=int, default=8731)
+    parser.add_argument("--model", default=str(demo.model_path()))
+    parser.add_argument("--port", type=int, default=8731, help="of the first server")
+    parser.add_argument("--wrap", default="")
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--merge", action="store_true", help="keep the rows of other servers in --out")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
-        options.prompt_tokens, options.requests, options.output_tokens = "128", 3, 8
-    lengths = [int(n) for n in options.prompt_tokens.split(",")]
-    with tempfile.TemporaryDirectory() as folder:
-        model_path = str(demo.model_path()) if options.shape == "embedded" else random_model(Path(folder))
-        prompts = {n: prompts_of(n, options.requests) for n in lengths}
-        rows = []
-        for server in options.servers.split(","):
-            rows += measure(server.strip(), model_path, prompts, options)
-    if options.merge and options.out.is_file():
-        fresh = {row["server"] for row in rows}
-        before = json.loads(options.out.read_text())["rows"]
-        rows = [row for row in before if row["server"] not in fresh] + rows
+        options.loads, options.rounds = "128x2x6", 1
+    options.loads = [tuple(int(n) for n in load.split("x")) for load in options.loads.split(",")]
+    servers = [server.strip() for server in options.servers.split(",")]
+    rounds = []
+    with ExitStack() as stack:
+        starting = [
+            stack.enter_context(started(server, options, options.port + index))
+            for index, server in enumerate(servers)
+        ]
+        urls = {server: await_start() for server, await_start in zip(servers, starting, strict=True)}
+        expected = {server: alone(server, urls[server], options) for server in servers}
+        pools = {server: pool_of(urls[server]) for server in servers if server.startswith("tqai")}
+        for turn in range(options.rounds):
+            order = servers[turn % len(servers) :] + servers[: turn % len(servers)]
+            for load in options.loads:
+                for server in order:
+                    rounds.append(measure(server, urls[server], load, expected[server], options))
+                    print(json.dumps(rounds[-1]), flush=True)
     result = {
         "what": __doc__.partition("\n")[0],
         "provenance": provenance(),
-        "shape": options.shape,
         "pool_bytes": parse_bytes(options.pool, "--pool"),
-        "rows": rows,
-        "contexts": contexts_held(rows),
+        "pools": pools,
+        "rows": medians(rounds),
+        "rounds": rounds,
     }
-    for row in [*rows, *result["contexts"]]:
-        print(json.dumps(row))
     if not options.quick:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(row.get("correct", True) for row in rows) else 1
+    return 0 if all(row["correct"] for row in rounds) else 1
+
+
+def alone(server: str, url: str, options: Any) -> dict[str, list[str]]:
+    """Hashes of the texts that the requests of every load get one by one."""
+    found: dict[str, list[str]] = {}
+    for tokens, count, output in options.loads:
+        one_by_one = Load(prompts_of(tokens, count), output, 0)
+        _, measured = run_load_apart(url, server, name_for(server, options), one_by_one)
+        assert all(one.status == 200 and one.text for one in measured), (server, measured)
+        if server == "tqai uncompressed":
+            assert same_as_generate(one_by_one.prompts[0], measured[0].text), "other text than generate's"
+        found[str(tokens)] = [_digest(one.text) for one in measured]
+    return found
+
+
+def name_for(server: str, options: Any) -> str:
+    """What the server calls its model."""
+    return SERVED_NAME if server.startswith("tqai") else str(options.model)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def measure(
-    server: str, model_path: str, prompts: dict[int, list[str]], options: Any
-) -> list[dict[str, Any]]:
-    """One row per prompt length. A server that does not start is one row that says so."""
-    rows = []
-    try:
-        with started(server, model_path, options) as url:
-            body_of = body_for(server, model_path)
-            for length, texts in prompts.items():
-                # every length starts with prompts that the server has not seen
-                warm = Load([texts[0][: 40 * (1 + length % 7)]], 4, None)
-                run_load(url, warm, body_of)
-                load = Load(texts, options.output_tokens, options.rate)
-                seconds, measured = run_load(url, load, body_of)
-                row = {"server": server, "prompt_tokens": length, "output_tokens": options.output_tokens}
-                row |= summary(seconds, measured, options.output_tokens)
-                _, alone = run_load(url, Load(texts[-1:], options.output_tokens, None), body_of)
-                row["same_as_alone"] = alone[0].text == measured[-1].text
-                row["correct"] = row["failed"] == 0 and (
-                    row["same_as_alone"] or not server.startswith("tqai")
-                )
-                if server == "tqai uncompressed" and options.shape == "embedded":
-                    row["same_as_generate"] = same_as_generate(texts[-1], alone[0].text)
-                    row["correct"] = row["correct"] and row["same_as_generate"]
-                if server.startswith("tqai"):
-                    row["pool"] = pool_of(url, length + options.output_tokens)
-                rows.append(row)
-    except Unavailable as error:
-        rows.append({"server": server, "unavailable": str(error)})
-    return rows
+    server: str, url: str, load: tuple[int, int, int], expected: dict[str, list[str]], options: Any
+) -> dict[str, Any]:
+    """One server under one load. Prefix caches are off: the prompts are those of the other rounds."""
+    tokens, count, output = load
+    wanted = Load(prompts_of(tokens, count), output, options.rate)
+    seconds, measured = run_load_apart(url, server, name_for(server, options), wanted, options.wrap)
+    row = {"server": server, "prompt_tokens": tokens, "output_tokens": output}
+    row |= summary(seconds, measured, output)
+    row["same_as_alone"] = sum(
+        _digest(one.text) == want for one, want in zip(measured, expected[str(tokens)], strict=True)
+    )
+    row["correct"] = row["failed"] == 0 and (row["same_as_alone"] == count or not server.startswith("tqai"))
+    return row
+
+
+def medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per server and load, the median of each figure over the rounds."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["prompt_tokens"], row["server"]), []).append(row)
+    found = []
+    for (tokens, server), group in sorted(groups.items()):
+        one = {"server": server, "prompt_tokens": tokens, "output_tokens": group[0]["output_tokens"]}
+        one |= {"requests": group[0]["requests"], "rounds": len(group)}
+        one |= {"same_as_alone": min(row["same_as_alone"] for row in group)}
+        for name in ("seconds", "requests_per_second", "output_tokens_per_second", "largest_gap_ms"):
+            one[name] = statistics.median(row[name] for row in group)
+        for name in ("first_token_ms", "per_token_ms"):
+            one[name] = {at: statistics.median(row[name][at] for row in group) for at in ("p50", "p99")}
+        found.append(one)
+    return found
 
 
 class Unavailable(Exception):
@@ -136,75 +161,48 @@ class Unavailable(Exception):
 
 
 @contextmanager
-def started(server: str, model_path: str, options: Any) -> Iterator[str]:
-    """The URL of a running server."""
-    url = f"http://127.0.0.1:{options.port}"
+def started(server: str, options: Any, port: int) -> Iterator[Callable[[], str]]:
+    """A server that starts; what is yielded waits for it and returns its URL."""
+    url = f"http://127.0.0.1:{port}"
     if server.startswith("tqai"):
         kind = server.removeprefix("tqai ")
-        command = [
-            sys.executable,
-            "-m",
-            "tqai",
-            "serve",
-            "-m",
-            model_path,
-            "--served-model-name",
-            SERVED_NAME,
-        ]
+        command = [sys.executable, "-m", "tqai", "serve", "-m", options.model]
+        command += ["--served-model-name", SERVED_NAME, "--no-prefix-caching"]
         command += ["--no-tqai"] if kind == "uncompressed" else ["--config", kind]
         command += ["--max-kv-memory", options.pool, "--max-running", str(options.max_running)]
-        dtype = "float32" if options.shape == "embedded" else "bfloat16"
-        command += ["--dtype", dtype, "--port", str(options.port)]
+        command += ["--dtype", "float32", "--port", str(port)]
     else:
         tool = Path(sys.executable).with_name("transformers")
-        command = [str(tool), "serve", model_path, "--port", str(options.port), "--host", "127.0.0.1"]
-        command += ["--dtype", "float32" if options.shape == "embedded" else "bfloat16"]
+        command = [str(tool), "serve", options.model, "--port", str(port), "--host", "127.0.0.1"]
+        command += ["--dtype", "float32"]
         if "continuous" in server:
             command.append("--continuous-batching")
     log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    try:
+    process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def await_start() -> str:
         deadline = time.monotonic() + START_SECONDS
         while True:
             if process.poll() is not None or time.monotonic() > deadline:
                 log.seek(0)
                 said = log.read().strip().splitlines()
-                raise Unavailable(said[-1][:200] if said else "did not start")
+                raise Unavailable(f"{server}: {said[-1][:200] if said else 'did not start'}")
             try:
                 if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                    break
+                    return url
             except httpx.TransportError:
                 time.sleep(0.2)
-        yield url
+
+    try:
+        yield await_start
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         log.close()
-
-
-def body_for(server: str, model_path: str) -> Any:
-    """How a request to this server is written."""
-
-    def tqai_body(prompt: str, tokens: int) -> dict[str, Any]:
-        body = {"model": SERVED_NAME, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-        return {**body, "ignore_eos": True, "stream": True}
-
-    def transformers_body(prompt: str, tokens: int) -> dict[str, Any]:
-        body = {
-            "model": model_path,
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "temperature": 0.0,
-            "stream": True,
-        }
-        return {**body, "generation_config": json.dumps({"max_new_tokens": tokens, "min_new_tokens": tokens})}
-
-    return tqai_body if server.startswith("tqai") else transformers_body
 
 
 def prompts_of(tokens: int, count: int) -> list[str]:
@@ -229,64 +227,10 @@ def same_as_generate(prompt: str, text: str) -> bool:
     return size > 0 and told[:size] == text[:size]
 
 
-def pool_of(url: str, tokens: int) -> dict[str, int]:
-    """Pages of the server's pool, their size, and how many contexts of `tokens` tokens they hold."""
+def pool_of(url: str) -> dict[str, int]:
+    """Pages of the server's pool, and their size."""
     found = httpx.get(f"{url}/status.json", timeout=30).json()
-    pages = -(-tokens // 64)
-    return {
-        "pages": found["pages"],
-        "page_bytes": found["page_bytes"],
-        "contexts": found["pages"] // pages,
-        "tokens": tokens,
-    }
-
-
-def contexts_held(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per prompt length, contexts in the same pool: compressed over uncompressed. The embedded model's
-    uncompressed pages are float32 on a CPU, so bfloat16 pages of half the size are counted instead."""
-    found = []
-    for row in rows:
-        if row["server"].startswith("tqai ") and row["server"] != "tqai uncompressed" and "pool" in row:
-            other = next(
-                (
-                    o
-                    for o in rows
-                    if o["server"] == "tqai uncompressed" and o.get("prompt_tokens") == row["prompt_tokens"]
-                ),
-                None,
-            )
-            if other is not None:
-                factor = 2 if row_is_float32(other, row) else 1
-                contexts = factor * other["pool"]["pages"] // -(-row["pool"]["tokens"] // 64)
-                found.append(
-                    {
-                        "server": row["server"],
-                        "tokens": row["pool"]["tokens"],
-                        "contexts": row["pool"]["contexts"],
-                        "bfloat16_contexts": contexts,
-                        "ratio": row["pool"]["pages"] / (factor * other["pool"]["pages"]),
-                    }
-                )
-    return found
-
-
-def row_is_float32(uncompressed: dict[str, Any], coded: dict[str, Any]) -> bool:
-    """Whether uncompressed pages are larger than bfloat16 ones could be: more than 8 times the codes."""
-    return bool(uncompressed["pool"]["page_bytes"] > 8 * coded["pool"]["page_bytes"])
-
-
-def random_model(folder: Path) -> str:
-    """A model of 8 billion random parameters in a folder, with the embedded model's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE_8B)).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(demo.model_path())).save_pretrained(folder)
-    return str(folder)
+    return {"pages": found["pages"], "page_bytes": found["page_bytes"]}
 
 
 if __name__ == "__main__":

@@ -6,14 +6,18 @@ import asyncio
 import json
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-__all__ = ["Load", "Measured", "run_load", "summary"]
+__all__ = ["Load", "Measured", "body_of", "run_load", "run_load_apart", "summary"]
 
 SECONDS = 600.0
 
@@ -25,7 +29,8 @@ class Load:
     Attributes:
         prompts: one request each, in order.
         output_tokens: of each request.
-        rate: arrivals per second, exponential gaps; None: all at once.
+        rate: arrivals per second, exponential gaps; None: all at once; 0: each when the one before it has
+            ended.
         seed: of the gaps.
     """
 
@@ -65,7 +70,11 @@ async def _run(
         for prompt in load.prompts:
             await asyncio.sleep(max(start + due - time.perf_counter(), 0))
             tasks.append(asyncio.create_task(_one(http, body_of(prompt, load.output_tokens), start + due)))
-            due += 0.0 if load.rate is None else rng.expovariate(load.rate)
+            if load.rate:
+                due += rng.expovariate(load.rate)
+            elif load.rate == 0:
+                await tasks[-1]
+                due = time.perf_counter() - start
         measured = await asyncio.gather(*tasks)
         return time.perf_counter() - start, measured
 
@@ -88,6 +97,41 @@ async def _one(http: httpx.AsyncClient, body: dict[str, Any], due: float) -> Mea
                 found.gaps.append(now - (found.last or now))
             found.last, found.text, found.pieces = now, found.text + text, found.pieces + 1
     return found
+
+
+def body_of(server: str, model: str, prompt: Any, tokens: int) -> dict[str, Any]:
+    """A greedy request of so many tokens as this server wants it written."""
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "stream": True}
+    if server.startswith("tqai"):
+        return {**body, "ignore_eos": True}
+    return {**body, "generation_config": json.dumps({"max_new_tokens": tokens, "min_new_tokens": tokens})}
+
+
+def run_load_apart(
+    url: str, server: str, model: str, load: Load, wrap: str = ""
+) -> tuple[float, list[Measured]]:
+    """As `run_load`, from a process of its own, which shares no interpreter with the server; started by the
+    command `wrap`, where one is given."""
+    asked = json.dumps({"url": url, "server": server, "model": model, "load": asdict(load)})
+    # as a file: not every wrapping command hands its input on
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(asked)
+        file.flush()
+        command = [*wrap.split(), sys.executable, __file__, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the client failed: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout)
+    return found["seconds"], [Measured(**one) for one in found["measured"]]
+
+
+def _main() -> None:
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    load = Load(**asked["load"])
+    seconds, measured = run_load(
+        asked["url"], load, lambda prompt, tokens: body_of(asked["server"], asked["model"], prompt, tokens)
+    )
+    json.dump({"seconds": seconds, "measured": [asdict(one) for one in measured]}, sys.stdout)
 
 
 def summary(seconds: float, measured: list[Measured], output_tokens: int) -> dict[str, Any]:
@@ -116,3 +160,7 @@ def _at(values: list[float]) -> dict[str, float] | None:
         return {"p50": 1000 * values[0], "p99": 1000 * values[0]} if values else None
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     return {"p50": 1000 * cuts[49], "p99": 1000 * cuts[98]}
+
+
+if __name__ == "__main__":
+    _main()

@@ -28,6 +28,7 @@ import cache_option_tables  # noqa: E402
 import choice_tables  # noqa: E402
 import gpu_tables  # noqa: E402
 import mlx_tables  # noqa: E402
+import serve_tables  # noqa: E402
 import soak_tables  # noqa: E402
 import study_tables  # noqa: E402
 from option_tables import activations_table, qjl_table, solvers_table  # noqa: E402
@@ -295,6 +296,11 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "choices": choice_tables.choices_table,
     "choices-balance": choice_tables.balance_table,
     "choices-layers": choice_tables.layers_table,
+    "serve-steps": serve_tables.steps_table,
+    "serve-first": serve_tables.first_token_table,
+    "serve-gaps": serve_tables.gap_table,
+    "serve-gpu-load": serve_tables.gpu_load_table,
+    "serve-cpu-load": serve_tables.cpu_load_table,
     "study-kl": study_tables.kl_tables,
     "study-short": study_tables.short_table,
     "study-copies": study_tables.copies_table,

@@ -123,7 +123,7 @@ def serve(
         int | None,
         typer.Option(
             help="Prompt tokens per step, a multiple of 64: bounds the pause of running requests.",
-            show_default="256 on a CPU, 1024 on a GPU",
+            show_default="256 on a CPU, 2048 on a GPU",
             rich_help_panel=_LIMITS,
         ),
     ] = None,
@@ -193,7 +193,7 @@ def serve(
     from tqai.server.engine.settings import EngineSettings
 
     if chunk_tokens is None:
-        chunk_tokens = 1024 if loaded.model.device.type == "cuda" else 256
+        chunk_tokens = 2048 if loaded.model.device.type == "cuda" else 256
     cache = cache.by_layer(loaded.model.config.get_text_config(decoder=True).num_hidden_layers)
     engine = Engine(
         loaded.model,

@@ -26,7 +26,7 @@ from tqai.backends.base import Attended, ExactTokens
 from tqai.core.page import PAGE_TOKENS
 from tqai.errors import TqaiError
 from tqai.integrations.transformers.ragged import RaggedCache
-from tqai.server.engine.page_codes import DeviceRows
+from tqai.server.engine.page_table import DeviceRows
 from tqai.server.engine.store import DecodeRow, TokenStore
 
 __all__ = ["DecodeGraphs", "SlotStep", "graph_rows"]

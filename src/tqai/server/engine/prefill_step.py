@@ -9,7 +9,7 @@ from tqai.backends.base import Attended, ExactTokens
 from tqai.backends.torch_ops.attention import attend as attend_exact
 from tqai.core.page import PAGE_TOKENS
 from tqai.server.engine import prefill_flash
-from tqai.server.engine.page_codes import PageTable
+from tqai.server.engine.page_table import PageTable
 from tqai.server.engine.store import TokenStore
 
 __all__ = ["PrefillStep"]
