@@ -31,6 +31,7 @@ import mlx_tables  # noqa: E402
 import serve_tables  # noqa: E402
 import soak_tables  # noqa: E402
 import study_tables  # noqa: E402
+import trellis_tables  # noqa: E402
 from option_tables import activations_table, qjl_table, solvers_table  # noqa: E402
 
 DOCUMENTS = (
@@ -284,6 +285,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "gpu-floor": gpu_tables.floor_table,
     "gpu-encode": gpu_tables.encode_table,
     "gpu-generate": gpu_tables.generate_table,
+    "gpu-trellis": trellis_tables.gpu_attention_table,
     "mlx-speed": mlx_tables.speed_table,
     "mlx-memory": mlx_tables.memory_table,
     "mlx-quality": mlx_tables.quality_table,

@@ -1,0 +1,201 @@
+"""What do trellis codes cost on this GPU: attention, encoding, the prefill of a model?
+
+    python benchmarks/gpu_trellis.py [--parts attention,encode,prefill] [--out FILE]
+
+Attention: as `gpu_attention.py`, with the scalar codes of the same bits and torch's SDPA in the same run; a
+path is timed only after its result agrees with float64 attention to what its own pages decode to. Encoding:
+keys and values of 4096 pages, after the error of a part has been compared with core's. Prefill: 32k tokens of
+the model of `gpu_generate.py` in chunks, with trellis and scalar codes of 3 bits and with DynamicCache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_attention import DIM, HEADS, KV_HEADS, SCALING, error_of, filled, sdpa_times
+from gpu_timing import L2_ROTATION_BYTES, gpu_provenance, graph_us
+
+from tqai.backends.base import ExactTokens
+from tqai.backends.cuda import CudaBackend
+from tqai.backends.cuda.attention import Exact, attend_pages
+from tqai.core.codec import CodecSpec, make_codec
+from tqai.core.page import PAGE_TOKENS, PageFormat
+
+ATTENTION = (
+    ("scalar", 2),
+    ("trellis", 2),
+    ("scalar", 3),
+    ("trellis", 3),
+    ("trellis256", 3),
+    ("scalar", 4),
+    ("trellis", 4),
+)
+SIZES = ((1, 4096), (1, 32768), (1, 131072), (8, 131072))
+TOLERANCE = 2e-3
+PAGES = 4096
+DISTORTION_TOLERANCE = 2e-3
+PREFILL_TOKENS, CHUNK_TOKENS = 32768, 4096
+
+
+def format_of(name: str, bits: int) -> PageFormat:
+    codec = make_codec(CodecSpec(name, DIM, bits))
+    return PageFormat(codec, codec)
+
+
+def attention_rows(backend: CudaBackend) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for batch, tokens in SIZES:
+        sdpa = min(times["graph_us"] for times in sdpa_times(batch, tokens).values())
+        torch.cuda.empty_cache()
+        rows.append({"codec": "torch SDPA bfloat16", "batch": batch, "tokens": tokens, "graph_us": sdpa})
+        scalar: dict[int, float] = {}
+        for name, bits in ATTENTION:
+            page_format = format_of(name, bits)
+            size = batch * KV_HEADS * (tokens // PAGE_TOKENS) * page_format.page_bytes
+            sets = max(1, min(8, L2_ROTATION_BYTES // size + 1))
+            caches = [filled(backend, page_format, batch, tokens) for _ in range(sets)]
+            query = torch.randn(batch, HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16)
+            recent = ExactTokens(
+                *(torch.randn(batch, KV_HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+            )
+            raw, first = caches[0]
+            exact, _ = attend_pages(
+                query,
+                page_format,
+                first.addresses,
+                first.pages,
+                SCALING,
+                recent=Exact(*recent),
+                out_dtype=torch.float32,
+            )
+            error = error_of(backend, raw, first, query, recent, exact)
+            if not error < TOLERANCE:
+                sys.exit(f"{name} {bits} bits, batch {batch}, {tokens} tokens: error {error:.1e}: not timed")
+            calls = [
+                partial(backend.attend, query, history, None, recent, None, SCALING) for _, history in caches
+            ]
+            us = graph_us(calls)
+            if name == "scalar":
+                scalar[bits] = us
+            rows.append(
+                {
+                    "codec": name,
+                    "bits": bits,
+                    "batch": batch,
+                    "tokens": tokens,
+                    "graph_us": us,
+                    "error": error,
+                    "speedup": sdpa / us,
+                    "of_scalar": scalar[bits] / us,
+                }
+            )
+            print(rows[-1], flush=True)
+            del caches, raw, first, calls
+            torch.cuda.empty_cache()
+    return rows
+
+
+def squared_error(vectors: torch.Tensor, decoded: torch.Tensor) -> float:
+    wrong = (decoded.double() - vectors.double()).square().sum(-1) / vectors.double().square().sum(-1)
+    return float(wrong.mean())
+
+
+def encode_rows(backend: CudaBackend) -> list[dict[str, Any]]:
+    rows = []
+    keys, values = (
+        torch.randn(PAGES, KV_HEADS, PAGE_TOKENS, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
+    for name, bits in (("scalar", 3), ("trellis", 2), ("trellis", 3), ("trellis", 4)):
+        page_format = format_of(name, bits)
+        out = torch.empty(PAGES, KV_HEADS, page_format.page_bytes, dtype=torch.uint8, device="cuda")
+        backend.encode(keys, values, page_format, out)
+        some = keys[:1]
+        mine = backend.decode(out[:1], page_format, torch.float32).keys
+        plain = some.float().cpu()
+        codec = page_format.key
+        wanted = squared_error(plain, torch.from_numpy(codec.decode(codec.encode(plain.numpy()))))
+        found = squared_error(some, mine)
+        if abs(found / wanted - 1.0) > DISTORTION_TOLERANCE:
+            sys.exit(f"{name} {bits} bits: squared error {found:.5f}, core's {wanted:.5f}: not timed")
+        us = graph_us([lambda p=page_format, o=out: backend.encode(keys, values, p, o)], replays=5)
+        few = graph_us([lambda p=page_format, o=out: backend.encode(keys[:1], values[:1], p, o[:1])])
+        rows.append(
+            {
+                "codec": name,
+                "bits": bits,
+                "vectors_per_second": 2 * PAGES * KV_HEADS * PAGE_TOKENS / (us * 1e-6),
+                "one_page_of_8_heads_us": few,
+                "squared_error": found,
+                "of_core": found / wanted,
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def prefill_rows() -> list[dict[str, Any]]:
+    from gpu_generate import make_model
+    from transformers.cache_utils import DynamicCache
+
+    import tqai
+
+    model = make_model()
+    ids = torch.randint(0, 1000, (1, PREFILL_TOKENS), device="cuda")
+    rows = []
+
+    def seconds_of(make: Any) -> float:
+        best = np.inf
+        for _ in range(3):
+            cache = make()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            with torch.no_grad():
+                for at in range(0, PREFILL_TOKENS, CHUNK_TOKENS):
+                    model(ids[:, at : at + CHUNK_TOKENS], past_key_values=cache, logits_to_keep=1)
+            torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+            del cache
+            torch.cuda.empty_cache()
+        return float(best)
+
+    plain = seconds_of(lambda: DynamicCache(config=model.config))
+    rows.append({"cache": "DynamicCache", "seconds": plain})
+    tqai.patch(model)
+    for name in ("scalar", "trellis"):
+        config = tqai.CacheConfig(bits_k=3, bits_v=3, codec=name)
+        seconds = seconds_of(lambda config=config: tqai.TurboQuantCache(model, config=config))
+        rows.append({"cache": f"{name} K3/V3", "seconds": seconds, "of_dynamic": seconds / plain})
+        print(rows[-1], flush=True)
+    rows[-1]["of_scalar"] = rows[-1]["seconds"] / rows[-2]["seconds"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default="attention,encode,prefill")
+    parser.add_argument("--commit")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_trellis.json")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    backend = CudaBackend()
+    parts = arguments.parts.split(",")
+    report: dict[str, Any] = {"where": gpu_provenance(arguments.commit)}
+    if "attention" in parts:
+        report["attention"] = attention_rows(backend)
+    if "encode" in parts:
+        report["encode"] = encode_rows(backend)
+    if "prefill" in parts:
+        report["prefill"] = prefill_rows()
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
