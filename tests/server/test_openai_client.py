@@ -1,6 +1,7 @@
 """The official client against a running server."""
 
 import json
+import re
 
 import openai
 import pytest
@@ -235,3 +236,85 @@ def test_errors_are_the_client_s_own(client):
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model=MODEL, prompt="x", max_tokens=100_000)
     assert long.value.code == "context_length_exceeded"
+
+
+def test_lists_of_token_ids_are_prompts(client, loaded):
+    texts = ["The import statement", "A class is"]
+    ids = [loaded[1].encode(text) for text in texts]
+    wanted = {"model": MODEL, "max_tokens": 3, "temperature": 0}
+    by_ids = client.completions.create(prompt=ids, **wanted)
+    by_text = client.completions.create(prompt=texts, **wanted)
+    assert [choice.text for choice in by_ids.choices] == [choice.text for choice in by_text.choices]
+    assert by_ids.usage.prompt_tokens == sum(map(len, ids)) == by_text.usage.prompt_tokens
+    streamed = list(client.completions.create(prompt=ids, echo=True, stream=True, **wanted))
+    for index, text in enumerate(texts):
+        pieces = [chunk.choices[0].text for chunk in streamed if chunk.choices[0].index == index]
+        assert "".join(pieces) == text + by_text.choices[index].text
+
+
+def test_any_json_object(client):
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Say"}],
+        max_tokens=4,
+        temperature=0,
+        response_format={"type": "json_object"},
+    )
+    assert answer.choices[0].message.content.startswith("{")
+
+
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_a_call_that_the_model_makes_by_itself(client, stream, choice):
+    """What it says is given here; whether it is a call is up to `tool_choice`."""
+    made = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Weather?"}],
+        tools=[TOOL],
+        tool_choice=choice,
+        stream=stream,
+        extra_body={"guided_regex": re.sub(r"[.{}]", r"\\\g<0>", "Well. " + CALL)},
+    )
+    if stream:
+        deltas = [chunk.choices[0] for chunk in made]
+        content = "".join(delta.delta.content or "" for delta in deltas)
+        calls, reason = [c for d in deltas for c in d.delta.tool_calls or []], deltas[-1].finish_reason
+    else:
+        message, reason = made.choices[0].message, made.choices[0].finish_reason
+        content, calls = message.content, message.tool_calls or []
+    if choice == "none":
+        assert (content, calls, reason) == ("Well. " + CALL, [], "stop")
+        return
+    (call,) = calls
+    assert content.strip() == "Well." and reason == "tool_calls" and call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Oslo"})
+
+
+def test_responses_go_on_after_a_call(client):
+    function = {"type": "function", "strict": True, **TOOL["function"]}
+    events = list(
+        client.responses.create(
+            model=MODEL, input="Weather?", tools=[function], tool_choice="required", stream=True
+        )
+    )
+    whole = events[-1].response
+    (item,) = whole.output
+    assert events[-1].type == "response.completed" and item.name == "weather"
+    (done,) = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert done.arguments == item.arguments and done.item_id == item.id
+    answer = client.responses.create(
+        model=MODEL,
+        input=[
+            {"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
+            item.model_dump(exclude_none=True),
+            {"type": "function_call_output", "call_id": item.call_id, "output": "rain"},
+        ],
+        tools=[function],
+        tool_choice="none",
+        max_output_tokens=3,
+    )
+    assert answer.usage.output_tokens == 3 and answer.status == "incomplete"
+    assert answer.usage.total_tokens == answer.usage.input_tokens + 3

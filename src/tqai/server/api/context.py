@@ -100,6 +100,7 @@ class Context:
             return None
         if json_schema is not None and regex is not None:
             raise ApiError(400, f"{param}: a schema and a regular expression exclude each other", param)
+        param = param if regex is None else "guided_regex"
         try:
             grammar = json_grammar(json_schema) if json_schema is not None else regex_grammar(regex or "")
             await run_in_threadpool(self.engine.grammars.check, grammar)
