@@ -114,7 +114,7 @@ def encode_trellis_pages(
     """Compress `[pages, kv_heads, 64, head_dim]` into contiguous `out`, uint8 `[pages, kv_heads,
     page_bytes]`.
 
-    The last axis of the inputs is contiguous. Memory beside that: 32 to 256 KiB for each warp that is under
+    The last axis of the inputs is contiguous. Memory beside that: 32 to 512 KiB for each warp that is under
     way, at most 8 on a multiprocessor.
     """
     if _kernel_encodes(page_format, keys.dtype, keys.device):
