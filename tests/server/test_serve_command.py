@@ -87,6 +87,12 @@ def test_flags_reach_engine_and_interface(served_with, tmp_path):
     assert "access-control-allow-origin" not in status_of(found["app"], origin="http://b").headers
 
 
+def test_bits_of_the_last_layer(served_with):
+    status, found, _ = served_with("--max-kv-memory", "1MiB", "--last-layer-bits", "K8/V8")
+    sizes = [codes.page_bytes for codes in found["engine"].store.codes]
+    assert status == 0 and len(set(sizes[:-1])) == 1 and sizes[-1] > sizes[0]
+
+
 def test_uncompressed(served_with):
     status, found, _ = served_with("--no-tqai", "--max-kv-memory", "1MiB")
     assert status == 0 and found["engine"].settings.cache is None
@@ -111,6 +117,7 @@ def test_the_older_project_s_command_and_flags(served_with, monkeypatch):
         (["--chunk-tokens", "100"], "chunk_tokens=100"),
         (["--api-key", ""], "api_keys"),
         (["--port", "70000"], "--port"),
+        (["--offsets", "on"], "offsets='on'"),
     ],
 )
 def test_wrong_flags_are_one_line_that_names_them(served_with, options, part):
