@@ -7,8 +7,8 @@
  *   distance[m]            of the target to each of the 64 or 128 levels, once
  *   sum'[P r + p]          = min over k of  sum[K p + k] + distance[index of window (P r + p) K + k]
  *
- * so the K sums of one p are read once for all r. All sums are kept; which k it was is found again on the way
- * back. Every instruction set computes the same numbers, of 16 bits:
+ * so the K sums of one p are read once for all r. The sums are kept, those of eight states of a vector beside
+ * each other; which k it was is found again on the way back. Every instruction set computes the same numbers, of 16 bits:
  *
  *   targets, levels    in 1/128 level, targets at most 256 levels
  *   distances          d (d + 2 o) of d = level to the target, or to the outermost level for targets o beyond it
@@ -29,16 +29,20 @@
 /* Levels beyond which all are equally far: 256, 128, 64, 64 for 1, 2, 3, 4 bits. */
 static inline int doublings_of(int bits) { return bits >= 3 ? 2 : bits - 1; }
 
-/* sums: [steps + 1][states][LANES]; target of step i at target + step_at(i) * 64. */
+/* sums: [2][states][LANES], those before even steps and those before odd steps; before the first they are the
+ * caller's. kept: [steps - keep][states / 8][8 LANES], those before steps `keep` and later, as l_transpose leaves
+ * them. The target of the first step is at target + 64 first, that of the last coordinate is followed by the first's. */
 static inline __attribute__((always_inline)) void path_sums(const tqai_trellis *t, const int bits, const int state_bits,
                                                             const int16_t *target, int first, int steps, int dim,
-                                                            uint16_t *sums) {
+                                                            uint16_t *sums, int keep, uint16_t *kept) {
     const int states = 1 << state_bits, choices = 1 << bits, parts = states / choices, levels = 1 << t->index_bits;
     _Alignas(64) uint16_t distance[128 * LANES];
     int at = first;
     for (int step = 0; step < steps; step++, at = at + 1 == dim ? 0 : at + 1) {
-        const uint16_t *restrict from = sums + (size_t)step * (size_t)(states * LANES);
-        uint16_t *restrict to = sums + (size_t)(step + 1) * (size_t)(states * LANES);
+        const uint16_t *restrict from = sums + step % 2 * states * LANES;
+        uint16_t *restrict to = sums + (step + 1) % 2 * states * LANES;
+        if (step >= keep)
+            for (int s = 0; s < states; s += 8, kept += 8 * LANES) l_transpose(from + s * LANES, kept);
         const lanes z = l_load((const uint16_t *)target + 64 * at);
         const lanes inner = l_within(z, l_set(MOST_LEVEL * TARGET_UNITS)), over = l_less(z, inner, 1 + doublings_of(bits));
         for (int m = 0; m < levels; m++) {
@@ -69,7 +73,7 @@ static inline __attribute__((always_inline)) void path_sums(const tqai_trellis *
 static inline int limited16(int x) { return x > 32767 ? 32767 : x < -32768 ? -32768 : x; }
 
 /* Which of the `choices` windows from `base` on is the cheapest end of a path, the first of equals: `from` has
- * the sums before it, LANES apart. The numbers are those of path_sums. */
+ * the sums before it, the second eight 8 LANES further. The numbers are those of path_sums. */
 #ifdef __AVX2__
 static inline __attribute__((always_inline)) int cheapest(const tqai_trellis *t, const int bits, int inner, int over,
                                                           int base, const uint16_t *from) {
@@ -77,16 +81,14 @@ static inline __attribute__((always_inline)) int cheapest(const tqai_trellis *t,
     unsigned best = ~0u;
 #pragma GCC unroll 2
     for (int half = 0; half < choices; half += 8) {
-        uint16_t sum[8];
-#pragma GCC unroll 8
-        for (int k = 0; k < 8; k++) sum[k] = k < choices ? from[(half + k) * LANES] : 0xFFFF;
+        __m128i sums = _mm_set1_epi16(-1);
+        if (choices >= 8) sums = _mm_loadu_si128((const __m128i *)(from + half * LANES));
+        else memcpy(&sums, from, 2 * (size_t)choices);
         const __m128i bytes = _mm_loadl_epi64((const __m128i *)(t->window_levels + base + half));
         __m128i d = _mm_subs_epi16(_mm_set1_epi16((short)inner), _mm_slli_epi16(_mm_cvtepi8_epi16(bytes), 7));
 #pragma GCC unroll 2
         for (int i = 0; i < doublings_of(bits); i++) d = _mm_adds_epi16(d, d);
         const __m128i distance = _mm_mulhi_epi16(d, _mm_adds_epi16(d, _mm_set1_epi16((short)over)));
-        const __m128i sums = _mm_setr_epi16((short)sum[0], (short)sum[1], (short)sum[2], (short)sum[3], (short)sum[4],
-                                            (short)sum[5], (short)sum[6], (short)sum[7]);
         const __m128i least = _mm_minpos_epu16(_mm_adds_epu16(sums, distance));
         const unsigned both = (unsigned)_mm_cvtsi128_si32(least); /* | k | cost | */
         const unsigned cost = (both & 0xFFFFu) << 4 | both >> 16 | (unsigned)half;
@@ -101,7 +103,7 @@ static inline __attribute__((always_inline)) int cheapest(const tqai_trellis *t,
     for (int k = 0; k < 1 << bits; k++) {
         int d = limited16(inner - t->window_levels[base + k] * TARGET_UNITS);
         for (int i = 0; i < doublings_of(bits); i++) d = limited16(2 * d);
-        unsigned cost = from[k * LANES] + (unsigned)(d * limited16(d + over) >> 16);
+        unsigned cost = from[k / 8 * 8 * LANES + k % 8] + (unsigned)(d * limited16(d + over) >> 16);
         cost = (cost > 65535u ? 65535u : cost) << 4 | (unsigned)k;
         best = cost < best ? cost : best;
     }
@@ -113,17 +115,21 @@ static inline __attribute__((always_inline)) int cheapest(const tqai_trellis *t,
  * do not wait for each other; codes (the low bits of the windows) where not null. */
 static inline __attribute__((always_inline)) void way_back(const tqai_trellis *t, const int bits, const int state_bits,
                                                            const int16_t *target, int first, int dim,
-                                                           const uint16_t *sums, int *state, int last, int until,
+                                                           const uint16_t *kept, int *state, int last, int until,
                                                            uint8_t *codes) {
     const int states = 1 << state_bits, choices = 1 << bits;
     int at = (first + last) % dim;
     for (int step = last; step >= until; step--, at = at ? at - 1 : dim - 1) {
-        const uint16_t *sum = sums + (size_t)step * (size_t)(states * LANES);
+        const uint16_t *sum = kept + (size_t)(step - until) * (size_t)(states * LANES);
+        uint16_t inner[LANES], over[LANES];
+        const lanes z = l_load((const uint16_t *)target + 64 * at), within = l_within(z, l_set(MOST_LEVEL * TARGET_UNITS));
+        l_store(inner, within);
+        l_store(over, l_less(z, within, 1 + doublings_of(bits)));
         for (int l = 0; l < LANES; l++) {
-            const int z = target[64 * at + l], most = MOST_LEVEL * TARGET_UNITS, base = state[l] * choices;
-            const int inner = z > most ? most : z < -most ? -most : z;
-            const int over = limited16((z - inner) * (2 << doublings_of(bits)));
-            const int window = cheapest(t, bits, inner, over, base, sum + (base & (states - 1)) * LANES + l);
+            const int base = state[l] * choices;
+            const int before = base & (states - 1);
+            const uint16_t *from = sum + before / 8 * 8 * LANES + l % 8 * LANES + l / 8 * 8 + before % 8;
+            const int window = cheapest(t, bits, (int16_t)inner[l], (int16_t)over[l], base, from);
             if (codes) codes[64 * at + l] = (uint8_t)(window & (choices - 1));
             state[l] = window & (states - 1);
         }
@@ -134,18 +140,18 @@ static inline __attribute__((always_inline)) void encode_lanes(const tqai_trelli
                                                                const int16_t *target, int dim, uint16_t *sums,
                                                                uint8_t *codes) {
     const int states = 1 << state_bits, seam_first = (dim - SEAM_STEPS % dim) % dim;
+    uint16_t *kept = sums + 2 * states * LANES;
     int state[LANES] = {0};
     memset(sums, 0, sizeof *sums * (size_t)(states * LANES));
-    path_sums(t, bits, state_bits, target, seam_first, 2 * SEAM_STEPS, dim, sums);
-    const uint16_t *end = sums + (size_t)(2 * SEAM_STEPS) * (size_t)(states * LANES);
-    for (int s = 1; s < states; s++)
+    path_sums(t, bits, state_bits, target, seam_first, 2 * SEAM_STEPS, dim, sums, SEAM_STEPS, kept);
+    for (int s = 1; s < states; s++) /* an even number of steps: the last sums are in the first half */
         for (int l = 0; l < LANES; l++)
-            if (end[s * LANES + l] < end[state[l] * LANES + l]) state[l] = s;
-    way_back(t, bits, state_bits, target, seam_first, dim, sums, state, 2 * SEAM_STEPS - 1, SEAM_STEPS, NULL);
+            if (sums[s * LANES + l] < sums[state[l] * LANES + l]) state[l] = s;
+    way_back(t, bits, state_bits, target, seam_first, dim, kept, state, 2 * SEAM_STEPS - 1, SEAM_STEPS, NULL);
     memset(sums, 0xFF, sizeof *sums * (size_t)(states * LANES));
     for (int l = 0; l < LANES; l++) sums[state[l] * LANES + l] = 0;
-    path_sums(t, bits, state_bits, target, 0, dim, dim, sums);
-    way_back(t, bits, state_bits, target, 0, dim, sums, state, dim - 1, 0, codes);
+    path_sums(t, bits, state_bits, target, 0, dim, dim, sums, 0, kept);
+    way_back(t, bits, state_bits, target, 0, dim, kept, state, dim - 1, 0, codes);
 }
 
 /* A function of its own for every number of bits and states, so that the loops over choices unroll. */
@@ -242,7 +248,7 @@ static void trellis_unpack(const tqai_codec *codec, int is_value, const uint8_t 
 static void trellis_encode_side(const tqai_codec *codec, int is_value, const void *rows, int64_t row_stride, int dtype,
                                 uint8_t *out, uint16_t *scales) {
     const tqai_trellis *t = codec->tables;
-    const int dim = codec->head_dim, longest = dim > 2 * SEAM_STEPS ? dim : 2 * SEAM_STEPS;
+    const int dim = codec->head_dim, longest = dim > SEAM_STEPS ? dim : SEAM_STEPS;
     _Alignas(64) float x[4][16 * TQAI_MAX_HEAD_DIM];
     _Alignas(64) int16_t target[64 * TQAI_MAX_HEAD_DIM];
     uint8_t codes[64 * TQAI_MAX_HEAD_DIM];
@@ -251,7 +257,7 @@ static void trellis_encode_side(const tqai_codec *codec, int is_value, const voi
     for (int g = 0; g < 4; g++)
         targets16(codec, at(rows, dtype, 16 * g * row_stride), row_stride, dtype, x[g], target + 16 * g, norm + 16 * g,
                   exponent + 16 * g, kind + 16 * g);
-    const size_t bytes = sizeof(uint16_t) * ((size_t)(longest + 1) << t->state_bits) * LANES;
+    const size_t bytes = sizeof(uint16_t) * ((size_t)(longest + 2) << t->state_bits) * LANES;
     uint16_t *sums = aligned_alloc(64, (bytes + 63) / 64 * 64);
     if (sums)
         for (int part = 0; part < GRAIN; part++)

@@ -18,6 +18,23 @@ static inline lanes l_less(lanes a, lanes b, int doublings) {
     return d;
 }
 static inline lanes l_product(lanes d, lanes over) { return _mm512_mulhi_epi16(d, _mm512_adds_epi16(d, over)); }
+static inline void l_transpose(const uint16_t *from, uint16_t *to) {
+    lanes a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        const lanes one = l_load(from + i * LANES), two = l_load(from + (i + 1) * LANES);
+        a[i] = _mm512_unpacklo_epi16(one, two);
+        a[i + 1] = _mm512_unpackhi_epi16(one, two);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_unpacklo_epi32(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi32(a[i + j], a[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++) {
+        l_store(to + 2 * i * LANES, _mm512_unpacklo_epi64(b[i], b[i + 4]));
+        l_store(to + (2 * i + 1) * LANES, _mm512_unpackhi_epi64(b[i], b[i + 4]));
+    }
+}
 #elif defined(__AVX2__)
 #define LANES 16
 typedef __m256i lanes;
@@ -36,6 +53,23 @@ static inline lanes l_less(lanes a, lanes b, int doublings) {
     return d;
 }
 static inline lanes l_product(lanes d, lanes over) { return _mm256_mulhi_epi16(d, _mm256_adds_epi16(d, over)); }
+static inline void l_transpose(const uint16_t *from, uint16_t *to) {
+    lanes a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        const lanes one = l_load(from + i * LANES), two = l_load(from + (i + 1) * LANES);
+        a[i] = _mm256_unpacklo_epi16(one, two);
+        a[i + 1] = _mm256_unpackhi_epi16(one, two);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_unpacklo_epi32(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm256_unpackhi_epi32(a[i + j], a[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++) {
+        l_store(to + 2 * i * LANES, _mm256_unpacklo_epi64(b[i], b[i + 4]));
+        l_store(to + (2 * i + 1) * LANES, _mm256_unpackhi_epi64(b[i], b[i + 4]));
+    }
+}
 #elif defined(NEON_LANES) /* by kernels_neon.c alone: kernels_scalar.c is plain C on Arm too */
 #define LANES 8
 typedef uint16x8_t lanes;
@@ -58,6 +92,10 @@ static inline lanes l_product(lanes d, lanes over) {
     const int16x8_t a = l_signed(d), b = vqaddq_s16(a, l_signed(over));
     const int32x4_t low = vmull_s16(vget_low_s16(a), vget_low_s16(b)), high = vmull_high_s16(a, b);
     return vcombine_u16(vshrn_n_u32(vreinterpretq_u32_s32(low), 16), vshrn_n_u32(vreinterpretq_u32_s32(high), 16));
+}
+static inline void l_transpose(const uint16_t *from, uint16_t *to) {
+    for (int i = 0; i < 8; i++)
+        for (int l = 0; l < LANES; l++) to[l * 8 + i] = from[i * LANES + l];
 }
 #else
 #define LANES 8
@@ -100,6 +138,11 @@ static inline lanes l_product(lanes d, lanes over) {
         d.at[i] = (uint16_t)(x * l_limited(x + (int16_t)over.at[i]) >> 16);
     }
     return d;
+}
+/* Eight rows of lanes to eight numbers a lane: those of lane l at to + LANES (l % 8) + 8 (l / 8). */
+static inline void l_transpose(const uint16_t *from, uint16_t *to) {
+    for (int i = 0; i < 8; i++)
+        for (int l = 0; l < LANES; l++) to[l * 8 + i] = from[i * LANES + l];
 }
 #undef EACH
 #endif

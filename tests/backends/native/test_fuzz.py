@@ -24,7 +24,9 @@ DIMS = (16, 32, 64, 80, 96, 128, 160, 192, 256)
 @st.composite
 def cases(draw):
     dims = draw(st.sampled_from(DIMS)), draw(st.sampled_from(DIMS))
-    bits = [draw(st.sampled_from((2, 3, 4, 8))) for _ in range(2)]
+    codec = draw(st.sampled_from(("scalar", "scalar", "trellis", "trellis256")))
+    bits = [draw(st.sampled_from((2, 3, 4, 8) if codec == "scalar" else (1, 2, 3, 4))) for _ in range(2)]
+    settings = {"codec": codec, "scale_format": draw(st.sampled_from(("bfloat16", "log8")))}
     sizes = {
         "batch": draw(st.integers(1, 3)),
         "heads": draw(st.integers(1, 3)),
@@ -38,7 +40,15 @@ def cases(draw):
         "threads": draw(st.integers(1, 3)),
     }
     choices = {name: draw(st.booleans()) for name in ("ragged", "masked", "softcap")}
-    return dims, bits, sizes, choices, draw(st.sampled_from(SPECIALS)), draw(st.integers(0, 2**31 - 1))
+    return (
+        dims,
+        bits,
+        settings,
+        sizes,
+        choices,
+        draw(st.sampled_from(SPECIALS)),
+        draw(st.integers(0, 2**31 - 1)),
+    )
 
 
 def pages_at(native, page_format, sizes, special):
@@ -51,8 +61,17 @@ def pages_at(native, page_format, sizes, special):
         if side.numel():
             side.view(-1)[torch.randint(side.numel(), (3,))] = special
     raw = torch.full((count, sizes["heads"], page_format.page_bytes), 0xFF, dtype=torch.uint8)
-    if count:
-        native.encode(*rows, page_format, raw)
+    if page_format.key.spec.name == "scalar":
+        if count:
+            native.encode(*rows, page_format, raw)
+    elif count:  # the search is slow: scales of one page, and any bytes are codes
+        native.encode(*(side[:1] for side in rows), page_format, raw[:1])
+        raw[1:] = raw[:1]
+        for first, last in (
+            (0, page_format.key_scales_at),
+            (page_format.value_codes_at, page_format.value_scales_at),
+        ):
+            raw[..., first:last] = torch.randint(256, (*raw.shape[:2], last - first), dtype=torch.uint8)
     around = torch.full((16 + sizes["gap"] + count * (size + sizes["gap"]) + 64,), 0xFF, dtype=torch.uint8)
     start = -around.data_ptr() % 16 + sizes["gap"]
     offsets = start + torch.randperm(count) * (size + sizes["gap"])
@@ -65,9 +84,9 @@ def pages_at(native, page_format, sizes, special):
 @settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_every_isa_agrees_with_scalar(native, isas, case):
-    dims, bits, sizes, choices, special, seed = case
+    dims, bits, settings, sizes, choices, special, seed = case
     torch.manual_seed(seed)
-    page_format = page_format_for(CacheConfig(bits_k=bits[0], bits_v=bits[1]), *dims)
+    page_format = page_format_for(CacheConfig(bits_k=bits[0], bits_v=bits[1], **settings), *dims)
     batch, heads, new = sizes["batch"], sizes["heads"], sizes["new"]
     raw, addresses, around = pages_at(native, page_format, sizes, special)
     before = around.clone()
