@@ -72,12 +72,13 @@ static void decode_task(void *context, int task) {
 }
 
 /* Where much is written at once, such as the pages of a prompt, ask for large memory pages: every later step
- * reads them all, and a tenth of that time goes into finding small ones. Advice; nothing depends on it. */
+ * reads them all, and a tenth of that time goes into finding small ones. Up to the ends of the large pages that it
+ * begins and ends in, as the next call may go on there. Advice; nothing depends on it. */
 static void advise_large_pages(uint8_t *out, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t large = 2 << 20, begin = ((uintptr_t)out + large - 1) & ~(large - 1);
-    const uintptr_t end = ((uintptr_t)out + (uintptr_t)bytes) & ~(large - 1);
-    if (end > begin) (void)madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+    const uintptr_t large = 2 << 20, begin = (uintptr_t)out & ~(large - 1);
+    const uintptr_t end = ((uintptr_t)out + (uintptr_t)bytes + large - 1) & ~(large - 1);
+    if (bytes >= (int64_t)large) (void)madvise((void *)begin, end - begin, MADV_HUGEPAGE);
 #else
     (void)out, (void)bytes;
 #endif

@@ -103,17 +103,21 @@ static void after_fork(void) {
 
 static void prepare(void) { pthread_atfork(NULL, NULL, after_fork); }
 
-void tqai_use_team(void *gomp_parallel) {
-    pthread_once(&once, prepare);
-    atomic_store(&team, (team_function)(uintptr_t)gomp_parallel);
-}
-
 /* A team ends together: where other programs want the cores too, a call waits for a thread that has yet to be
  * given one, some milliseconds, long after all tasks are done. Our own threads are not waited for, so after such a
  * call they do the next few. Only touched by the holder of `busy`. */
 #define LONG_WAIT_NS 500000
 #define MOST_CALLS_WITHOUT_TEAM 256
 static int without_team, next_without_team = 8; /* calls; twice as many each time it happens again */
+
+void tqai_use_team(void *gomp_parallel) {
+    pthread_once(&once, prepare);
+    while (atomic_flag_test_and_set(&busy)) sched_yield();
+    atomic_store(&team, (team_function)(uintptr_t)gomp_parallel);
+    without_team = 0;
+    next_without_team = 8;
+    atomic_flag_clear(&busy);
+}
 
 typedef struct {
     atomic_int next;

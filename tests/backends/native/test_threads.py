@@ -125,7 +125,7 @@ def test_a_team_that_keeps_callers_waiting_is_left_alone_for_a_while(native, cal
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     wanted = call()
-    native._library.tqai_use_team(slow_to_end)
+    native._library.tqai_use_team(ctypes.cast(slow_to_end, ctypes.c_void_p))
     try:
         calls = []
         for _ in range(26):

@@ -62,9 +62,7 @@ class NativeBackend:
 
     def use_own_threads(self, own: bool) -> None:
         """Compute on threads of our own from now on, or, if there are such, on torch's (`team.py`)."""
-        use_team = getattr(self._library, "tqai_use_team", None)
-        if use_team is not None:  # a library that has not got it yet has its own
-            use_team(ctypes.c_void_p(None if own else gomp_parallel()))
+        self._library.tqai_use_team(None if own else gomp_parallel())
 
     def refuses(self, page_format: PageFormat, device_type: str, dtype: str) -> str | None:
         """See `Backend.refuses`."""

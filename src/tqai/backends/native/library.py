@@ -66,6 +66,8 @@ def load_library() -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.tqai_isa.restype = ctypes.c_char_p
     library.tqai_set_isa.argtypes = [ctypes.c_char_p]
+    library.tqai_use_team.argtypes = [pointer]
+    library.tqai_use_team.restype = None
     library.tqai_attend.argtypes = [ctypes.POINTER(AttendArgs)]
     library.tqai_encode.argtypes = [
         ctypes.POINTER(PageFormatStruct),
