@@ -99,6 +99,8 @@ def test_a_table_that_is_too_narrow_is_left_alone(make_engine, document_ids):
         graphs = use_replays(engine)
         rows = [DecodeRow(64 * (ROOM + 1), list(range(ROOM + 1)), None)]
         assert graphs.run(rows, [5]) is None and not graphs.replays
+        many = [DecodeRow(0, [], None)] * 9
+        assert graphs.run(many, [5] * 9) is None and not graphs.replays
 
 
 def test_numbers_of_rows():
@@ -106,6 +108,7 @@ def test_numbers_of_rows():
     assert graph_rows(8) == [1, 2, 4, 8]
     assert graph_rows(32) == [1, 2, 4, 8, 16, 32]
     assert graph_rows(40) == [1, 2, 4, 8, 16, 32, 40]
+    assert graph_rows(4096) == [1, 2, 4, 8, 16, 32, 48, 64, 128, 256]
 
 
 def test_without_a_gpu_there_are_no_graphs(make_engine):

@@ -34,12 +34,14 @@ __all__ = ["DecodeGraphs", "SlotStep", "graph_rows"]
 logger = logging.getLogger("tqai.server")
 
 WARM_UPS = 2
+MOST_ROWS = 256
 
 
 def graph_rows(max_running: int) -> list[int]:
-    """Numbers of rows that get a graph: powers of two, then multiples of 16, up to `max_running`."""
-    rows = [1, 2, 4, 8, *range(16, max_running, 16)]
-    return [count for count in rows if count < max_running] + [max_running]
+    """Numbers of rows that get a graph: powers of two, between 16 and 64 multiples of 16, and the most that
+    may run. Beyond `MOST_ROWS` steps are launched one by one: there the GPU is busier than the host."""
+    most = min(max_running, MOST_ROWS)
+    return [count for count in (1, 2, 4, 8, 16, 32, 48, 64, 128) if count < most] + [most]
 
 
 class SlotStep:
@@ -169,7 +171,9 @@ class DecodeGraphs:
     def run(self, rows: list[DecodeRow], tokens: list[int]) -> Tensor | None:
         """Logits `[len(rows), vocab]`, a buffer that the next step overwrites; None where this step has to
         go the other way. Can be repeated."""
-        if not self.usable or not self._steps or any(len(row.pages) > self._room for row in rows):
+        if not self.usable or not self._steps or len(rows) > self._rows[-1]:
+            return None
+        if any(len(row.pages) > self._room for row in rows):
             return None
         step, graph, logits = next(self._steps[count] for count in self._rows if count >= len(rows))
         step.load(rows, tokens)
