@@ -193,11 +193,13 @@ def test_metrics_count_what_happens(make_engine, document_ids, monkeypatch):
         with served.http.stream("POST", COMPLETIONS, json=long) as answer:
             lines = answer.iter_lines()  # kept: the stream is closed with it
             next(lines)
-            other = threading.Thread(target=served.post, args=(COMPLETIONS,), kwargs={"prompt": "y"})
+            body = {"model": MODEL, "prompt": "y", "n": 2}
+            url = f"{served.url}{COMPLETIONS}"
+            other = threading.Thread(target=httpx.post, args=(url,), kwargs={"json": body, "timeout": 120})
             other.start()
-            until(lambda: engine.figures().waiting == 1)
+            until(lambda: engine.figures().waiting == 2)
             found, figures = metrics_of(served), engine.figures()
-            assert (found["num_requests_running"], found["num_requests_waiting"]) == (1, 1)
+            assert (found["num_requests_running"], found["num_requests_waiting"]) == (1, 2)
             assert 4 <= found["kv_pages_requests"] <= figures.request_pages
             assert found["kv_cache_usage_perc"] == found["kv_pages_requests"] / 40
             page = engine.store.pool.page_bytes
@@ -213,19 +215,19 @@ def test_metrics_count_what_happens(make_engine, document_ids, monkeypatch):
         counters = engine.scheduler.counters
         reasons = ("length", "stop", "abort", "error")
         counts = [found[f'request_success_total{{finished_reason="{reason}"}}'] for reason in reasons]
-        assert counts == [2, 1, 1, 1]
+        assert counts == [3, 1, 1, 1]
         assert found["kv_pages_total"] == 40 and found["kv_pages_requests"] == 0
         assert found["num_requests_running"] == found["num_requests_waiting"] == found["kv_bytes_held"] == 0
         assert found["kv_pages_prefix_cache"] == 4
-        assert found["prefix_cache_queries_total"] == 3 * 300 + 1 + 1
+        assert found["prefix_cache_queries_total"] == 3 * 300 + 3
         assert found["prefix_cache_hits_total"] == 2 * 256
-        assert found["prompt_tokens_total"] == 300 + 2 * 44 + 1
+        assert found["prompt_tokens_total"] == 300 + 2 * 44 + 2
         assert found["generation_tokens_total"] == counters.generated_tokens
         assert found["num_preemptions_total"] == 0
-        assert found["request_queue_time_seconds_count"] == 5
-        assert found["time_to_first_token_seconds_count"] == 4
-        assert found["e2e_request_latency_seconds_count"] == 3
-        assert found["time_per_output_token_seconds_count"] == 2
+        assert found["request_queue_time_seconds_count"] == 6
+        assert found["time_to_first_token_seconds_count"] == 5
+        assert found["e2e_request_latency_seconds_count"] == 4
+        assert found["time_per_output_token_seconds_count"] == 3
         for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
             assert 0 < found[f"{name}_seconds_sum"] < 120
 
