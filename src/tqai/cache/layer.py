@@ -117,7 +117,7 @@ class CompressedLayer(LayerReading):
         assert self.window is not None
         held = self.window.tokens
         self.window = self._empty_window(*held)
-        self._settle(held, in_window=False)
+        self.settle(held, in_window=False)
 
     @property
     def window_tokens(self) -> ExactTokens:
@@ -199,7 +199,7 @@ class CompressedLayer(LayerReading):
         in_sight = ExactTokens(*(part[:, :, trimmed:] for part in recent)) if trimmed else recent
         step = Step(self.backend, self.sinks, history, in_sight, keys.shape[2], self.offsets)
         self.length += keys.shape[2]
-        self._settle(recent, fits)
+        self.settle(recent, fits)
         return step
 
     def crop(self, count: int) -> None:
@@ -262,8 +262,14 @@ class CompressedLayer(LayerReading):
         """How many of the first `length` tokens a next query cannot see."""
         return 0 if self.sliding_window is None else max(length - self.sliding_window + 1, 0)
 
-    def _settle(self, recent: ExactTokens, in_window: bool) -> None:
-        """Move tokens from `recent` (window and new ones) to sinks and pages; keep the rest exact."""
+    def settle(self, recent: ExactTokens, in_window: bool) -> None:
+        """Move tokens from `recent` (window and new ones) to sinks and pages; keep the rest exact.
+
+        Args:
+            recent: `[batch, kv_heads, tokens, head_dim]` of the model's dtype, all tokens that are neither
+                sinks nor in pages; those that may be compressed are its oldest.
+            in_window: they lie in `window`, which then keeps the rest where it is.
+        """
         assert self.window is not None and self.pool is not None
         count, spent = recent.keys.shape[2], 0
         if self._is_planned or (self.wants_query and self._fills_a_page(count)):

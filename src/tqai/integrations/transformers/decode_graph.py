@@ -112,7 +112,7 @@ class DecodeGraph:
             store.pool.recycle()
             store.window.fix()  # the captured step knows the buffer's address
             store.expects_queries = False  # nor does anybody see its queries
-            store._settle(store.window.tokens, in_window=True)
+            store.settle(store.window.tokens, in_window=True)
             store.window.move_to_front()
         first = self._stores[0]
         assert first.window is not None and first.pool is not None
