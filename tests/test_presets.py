@@ -41,7 +41,7 @@ def test_named_presets():
     assert CacheConfig.preset("balanced") == BALANCED
     assert CacheConfig.preset("quality").last_layer_bits == (8, 4)
     assert CacheConfig.preset("small", seed=4) == CacheConfig(
-        2, 1, 4, 160, codec="trellis", offsets="auto", last_layer_bits=(4, 2), balance="auto", seed=4
+        2, 1, 4, 144, codec="trellis", offsets="auto", last_layer_bits=(4, 2), balance="auto", seed=4
     )
     assert CacheConfig.preset("balanced", bits_k=4).bits_v == 2
     assert CacheConfig.preset("balanced", bits_budget=3.0).last_layer_bits is None
