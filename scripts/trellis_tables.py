@@ -1,4 +1,4 @@
-"""Table of trellis codes on the GPU for `generate_docs.py`, from benchmarks/results/gpu_trellis.json."""
+"""Tables of trellis codes for `generate_docs.py`, from benchmarks/results/{gpu_trellis,trellis}.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["gpu_attention_table"]
+__all__ = ["cpu_attention_table", "cpu_codes_table", "cpu_prefill_table", "gpu_attention_table"]
 
 
 def gpu_attention_table(root: Path) -> str:
@@ -34,4 +34,71 @@ def gpu_attention_table(root: Path) -> str:
             cells.append(cell)
         name = codec if bits is None else f"{codec}, {bits} bits"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cpu(root: Path) -> dict[str, Any]:
+    text = (root / "benchmarks" / "results" / "trellis.json").read_text(encoding="utf-8")
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def cpu_attention_table(root: Path) -> str:
+    """Milliseconds of a step by instruction set, and speed against scalar codes of the same bits."""
+    lines = [
+        "| instruction set | tokens | query heads | bits | scalar, ms | trellis | trellis256 |",
+        "|---|" + "---|" * 6,
+    ]
+    for name, rows in _cpu(root)["attention"].items():
+        for row in rows:
+            cells = [
+                f"{row[f'{codec}_ms']:.2f} ({row[f'{codec}_speed']:.2f}x)"
+                for codec in ("trellis", "trellis256")
+            ]
+            first = [
+                name.removeprefix("native "),
+                row["tokens"],
+                row["query_heads"],
+                row["bits"],
+                f"{row['scalar_ms']:.2f}",
+            ]
+            lines.append("| " + " | ".join(map(str, [*first, *cells])) + " |")
+    return "\n".join(lines)
+
+
+def cpu_codes_table(root: Path) -> str:
+    """Thousands of vectors of 128 that one core encodes and decodes a second."""
+    result = _cpu(root)
+    lines = ["| | codec | encode: 2, 3, 4 bits | decode: 2, 3, 4 bits |", "|---|---|---|---|"]
+    for name, rows in result["codes"].items():
+        for codec in dict.fromkeys(row["codec"] for row in rows):
+            cells = [
+                ", ".join(
+                    f"{row[f'vectors_{what}_per_second'] / 1e3:,.1f}" for row in rows if row["codec"] == codec
+                )
+                for what in ("encoded", "decoded")
+            ]
+            lines.append(f"| {name} | {codec} | {cells[0]} | {cells[1]} |")
+    about = result["provenance"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Thousands a second. {about['cpu']}, torch {about['versions']['torch']}; {about['date'][:10]}.",
+        ]
+    )
+
+
+def cpu_prefill_table(root: Path) -> str:
+    """Seconds in which the embedded model reads a prompt, by cache."""
+    lines = [
+        "| instruction set | tokens | uncompressed, s | scalar K3/V3 | trellis K3/V3 |",
+        "|---|" + "---|" * 4,
+    ]
+    for name, row in _cpu(root)["prefill"].items():
+        cells = [
+            f"{row[f'{codec}_seconds']:.2f} ({row[f'{codec}_ratio']:.2f}x)" for codec in ("scalar", "trellis")
+        ]
+        first = [name.removeprefix("native "), str(row["tokens"]), f"{row['uncompressed_seconds']:.2f}"]
+        lines.append("| " + " | ".join([*first, *cells]) + " |")
     return "\n".join(lines)
