@@ -75,14 +75,14 @@ def test_wrong_use_is_one_line(tqai_command, arguments):
 @pytest.mark.parametrize("n_vectors", [1, 700, 3000])
 def test_errors_are_of_as_many_vectors_as_asked(tqai_command, n_vectors):
     """1024 are encoded for the timing: fewer are a part of them, more are drawn."""
-    arguments = ("benchmark", *FAST, "--n-vectors", str(n_vectors), "--json")
-    result = tqai_command(*arguments)
+    arguments = ("benchmark", *FAST, "--config", "K4/V2", "--json")
+    result = tqai_command(*arguments, "--n-vectors", str(n_vectors))
     assert result.status == 0, result.err
     assert result.json["n_vectors"] == n_vectors
     keys = result.json["distortion"]["keys"]
     assert keys["nmse"] == pytest.approx(0.00915, rel=0.5 if n_vectors == 1 else 0.03)
     assert keys["cosine"] ** 2 == pytest.approx(1 - keys["nmse"], rel=1e-3)
-    every = tqai_command("benchmark", *FAST, "--json").json["distortion"]["keys"]
+    every = tqai_command(*arguments).json["distortion"]["keys"]
     assert keys != every
 
 

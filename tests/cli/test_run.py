@@ -9,7 +9,7 @@ FAST = ("--max-tokens", "8")
 
 
 def test_json_is_one_object_with_text_and_cache(tqai_command, tiny_model):
-    result = tqai_command("run", PROMPT, "-m", tiny_model, *FAST, "--json")
+    result = tqai_command("run", PROMPT, "-m", tiny_model, *FAST, "--config", "K4/V2", "--json")
     assert result.status == 0, result.err
     assert result.json["model"] == tiny_model
     assert 1 <= result.json["new_tokens"] <= 8

@@ -90,7 +90,7 @@ def test_keys_and_values_of_different_head_dim(tiny: Tiny) -> None:
 def test_use_qjl_holds_real_bits_and_is_off_by_default(tiny: Tiny) -> None:
     model, held = tiny("llama"), {}
     for size in (None, 32, 64):
-        given = {} if size is None else {"use_qjl": True, "qjl_sketch_size": size}
+        given = {"bits_k": 4} if size is None else {"use_qjl": True, "qjl_sketch_size": size}
         cache = tqai.patch(model, **given)
         model(prompt(256), past_key_values=cache)
         held[size] = cache.memory().codes_bytes
