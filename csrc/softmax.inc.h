@@ -75,8 +75,8 @@ static inline void no_weights(int16_t *w, int tokens, int is_nan, int value_dim,
         for (int d = 0; d < value_dim; d++) acc[d] = NAN;
 }
 
-/* One row of softmax_block (isa.h): logit is scratch. It holds logits divided by `by` where neither a mask nor
- * a softcap needs them, as the exponential's argument is a fused multiply-add anyway. */
+/* One row of softmax_block (isa.h): logit is scratch. It holds logits divided by `by` where no softcap
+ * needs them, as the exponential's argument is a fused multiply-add anyway. */
 static inline void softmax_row(const int32_t *dot, float by, const float *key_scale, const float *value_scale,
                                const tqai_codec *value, const block_mask *mask, int r, float softcap, int tokens,
                                row_state *state, float *restrict acc, int16_t *w, float *step, float *logit) {
@@ -88,12 +88,15 @@ static inline void softmax_row(const int32_t *dot, float by, const float *key_sc
         v_store(logit + t, x);
     }
     float block = v_largest(most) * by;
-    if (mask || softcap > 0.0f || by != by) {
+    if (softcap > 0.0f || !(by > 0.0f)) {
         for (int t = 0; t < tokens; t += VL) v_store(logit + t, v_mul(v_load(logit + t), v_set(by)));
         by = 1.0f;
         if (softcap > 0.0f) soft_cap(logit, tokens, softcap);
-        if (mask) hide(mask, r, tokens, logit);
         block = largest_logit(logit, tokens);
+    }
+    if (mask) { /* what is seen has the same bits as without a mask */
+        hide(mask, r, tokens, logit);
+        block = largest_logit(logit, tokens) * by;
     }
     if (!move_maximum(logit, tokens, block, value->head_dim, state, acc)) {
         no_weights(w, tokens, 0, value->head_dim, acc);

@@ -106,6 +106,9 @@ def test_a_sequence_does_not_depend_on_its_batch(native, page_format, history, t
                 single = native.attend(query[i : i + 1], alone, None, mine, None, 0.25)
                 assert torch.equal(single.out[0], together.out[i]), (threads, count)
                 assert torch.equal(single.lse[0], together.lse[i]), (threads, count)
+                seen = torch.ones(1, 1, 1, 64 * count + 5, dtype=torch.bool)
+                masked = native.attend(query[i : i + 1], alone, None, mine, seen, 0.25)
+                assert torch.equal(single.out, masked.out), (threads, count)
     finally:
         torch.set_num_threads(before)
 
