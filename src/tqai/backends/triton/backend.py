@@ -25,12 +25,13 @@ from tqai.errors import BackendError
 __all__ = ["TritonBackend"]
 
 MAX_NEW_TOKENS = 16
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 128
+"""Beyond, a rotation matrix does not fit shared memory, and Triton 3.6 compiles no loop over parts of it."""
 UNIT_DIMS = 16
 DTYPES = ("float16", "bfloat16")
 ENCODE_TOKENS = 32
-MATRIX_BYTES = 32768
-"""Of a rotation matrix in shared memory at once, so that every GPU has room."""
+MATRIX_BYTES = 65536
+"""Of a rotation matrix in shared memory at once."""
 
 
 class TritonBackend:

@@ -60,14 +60,14 @@ def encode_rows(
         y = tl.zeros((TOKENS, DIMP), tl.float32)
         for start in range(0, DIM, CHUNK):
             e = start + tl.arange(0, CHUNK)
-            x = tl.load(base_in + (token * v_t)[:, None] + e[None, :], mask=e[None, :] < DIM, other=0.0)
-            x = tl.where(usable[:, None], x.to(tl.float32) / safe[:, None], 0.0)
+            part = tl.load(base_in + (token * v_t)[:, None] + e[None, :], mask=e[None, :] < DIM, other=0.0)
+            part = tl.where(usable[:, None], part.to(tl.float32) / safe[:, None], 0.0)
             r = tl.load(
                 rotation + e[:, None] * DIM + d[None, :],
                 mask=(e[:, None] < DIM) & (d[None, :] < DIM),
                 other=0.0,
             )
-            y = tl.dot(x, r, y, input_precision=PRECISION)
+            y = tl.dot(part, r, y, input_precision=PRECISION)
     norm = tl.sqrt(tl.sum(y * y, 1))
     unit = y / tl.where(norm > 0.0, norm, 1.0)[:, None]
     code = tl.zeros((TOKENS, DIMP), tl.int32)

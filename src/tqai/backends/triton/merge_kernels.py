@@ -115,7 +115,6 @@ def merge_splits(
     dv = tl.arange(0, DVP)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.arange(0, 32)
-    part = tl.arange(0, SPLITS)
     # asked for first, needed last
     r = tl.load(
         rotation + dv[:, None] * DV + column[None, :],
@@ -134,10 +133,10 @@ def merge_splits(
     found = tl.zeros((CHUNK, DVP), tl.float32)
     for start in range(0, splits, CHUNK):
         part = start + tl.arange(0, CHUNK)
-        place = (segment * splits + part) * ROWS + row
-        gain = tl.exp2(tl.load(stats + place * 2, mask=part < splits, other=-float("inf")) - anchor)
+        here = (segment * splits + part) * ROWS + row
+        gain = tl.exp2(tl.load(stats + here * 2, mask=part < splits, other=-float("inf")) - anchor)
         inside = (part[:, None] < splits) & (dv[None, :] < DV)
-        found += tl.load(partial + place[:, None] * DV + dv[None, :], mask=inside, other=0.0) * gain[:, None]
+        found += tl.load(partial + here[:, None] * DV + dv[None, :], mask=inside, other=0.0) * gain[:, None]
     acc = tl.sum(tl.sum(found, 0)[:, None] * r, 0)
     for step in range(tl.cdiv(sinks, 32) + tl.cdiv(recent, 32)):
         is_sink = step < tl.cdiv(sinks, 32)

@@ -21,8 +21,35 @@ HEADROOM = tl.constexpr(15.0)  # of a weight in float16: 1 becomes 2^15, the lea
 
 
 @triton.jit
-def _levels(low, top, SLICE: tl.constexpr, BITS: tl.constexpr, COEFFICIENTS: tl.constexpr, PTX: tl.constexpr):
-    """Levels of one slice over the outermost, float16, of words int16; `top` serves 3 bits alone."""
+def _levels(
+    low,
+    top,
+    SLICES: tl.constexpr,
+    BITS: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Levels of all slices over the outermost, float16, of words int16; `top` serves 3 bits alone."""
+    if PTX is not None and BITS == 4:
+        return tl.inline_asm_elementwise(
+            PTX[0],
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
+            [low],
+            (tl.float16, tl.float16, tl.float16, tl.float16),
+            True,
+            4,
+        )
+    else:
+        found = ()
+        for i in tl.static_range(SLICES):
+            found = found + (_levels_of_one(low, top, i, BITS, COEFFICIENTS, PTX),)  # noqa: RUF005
+        return found
+
+
+@triton.jit
+def _levels_of_one(
+    low, top, SLICE: tl.constexpr, BITS: tl.constexpr, COEFFICIENTS: tl.constexpr, PTX: tl.constexpr
+):
     if PTX is not None:
         if BITS == 3:
             return tl.inline_asm_elementwise(PTX[SLICE], "=r,r,r", [low, top], tl.float16, True, 2)
@@ -129,8 +156,9 @@ def attend_sliced(
         page = tl.load(addresses + batch * address_stride + index) + head.to(tl.int64) * page_bytes
         low, high = _words(page, token[:, None] * JK + jk[None, :], 64 * DK * 2 // 8, BITS_K)
         logits = tl.zeros((PAGE_TOKENS, ROWS), tl.float32)
+        levels = _levels(low, high, SK, BITS_K, LEVELS_K, PTX_K)
         for i in tl.static_range(SK):
-            logits = tl.dot(_levels(low, high, i, BITS_K, LEVELS_K, PTX_K), q[i], logits)
+            logits = tl.dot(levels[i], q[i], logits)
         logits = logits * factor[None, :] * scales_of(page, key_scales_at, token)[:, None]
         logits = capped(logits, SOFTCAP, softcap)
         logits *= LOG2E
@@ -163,11 +191,11 @@ def attend_sliced(
         weight = weight.to(tl.float16)
         side = page + value_codes_at
         low, high = _words(side, token[None, :] + jv[:, None] * PAGE_TOKENS, 64 * DV * 2 // 8, BITS_V)
+        found = _levels(low, high, SV, BITS_V, LEVELS_V, PTX_V)
         kept = acc
         acc = ()
         for i in tl.static_range(SV):
-            levels = _levels(low, high, i, BITS_V, LEVELS_V, PTX_V)
-            acc = acc + (tl.dot(levels, weight, kept[i] * fade[None, :]),)  # noqa: RUF005
+            acc = acc + (tl.dot(found[i], weight, kept[i] * fade[None, :]),)  # noqa: RUF005
         top = higher
     place = (segment * splits + split) * ROWS + row
     out = partial + place[None, :] * DV + jv[:, None]

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from tqai.backends.triton.pairs import pair_instructions
+from tqai.backends.triton.pairs import four_instructions, pair_instructions
 from tqai.backends.triton.polynomial import HALF_COEFFICIENTS, half_polynomial, level_polynomial
 from tqai.backends.triton.slices import SLICES
 from tqai.core.codec import CodecSpec, make_codec
@@ -21,7 +21,8 @@ class Tables:
     Attributes:
         polynomial: of the levels in float32 (`polynomial.level_polynomial`).
         half: of the levels over `unit`, the outermost, in float16; () for more than 4 bits and for 1.
-        instructions: the same for every slice in PTX, or None where that is no NVIDIA GPU.
+        instructions: the same in PTX (`pairs`; 4 bits: all slices, else one each), or None where that is no
+            NVIDIA GPU.
     """
 
     def __init__(self, spec: CodecSpec, device: torch.device) -> None:
@@ -38,7 +39,10 @@ class Tables:
         if spec.bits in HALF_COEFFICIENTS:
             self.half = half_polynomial(codec)
             if device.type == "cuda" and torch.version.cuda is not None and _pairs_wanted():
-                self.instructions = pair_instructions(self.half, spec.bits, SLICES[spec.bits])
+                if spec.bits == 4:
+                    self.instructions = (four_instructions(self.half),)
+                else:
+                    self.instructions = pair_instructions(self.half, spec.bits, SLICES[spec.bits])
 
 
 @lru_cache(maxsize=64)
