@@ -133,3 +133,15 @@ def test_tables_are_sent_only_when_they_change(make_engine):
         slab = engine.store.pool.slabs[1]
         assert step.addresses[1, 0, 0] == slab[5].data_ptr()
         assert step.inputs[:, :2].tolist() == [[1, 2], [66, 70], [2, 6], [3, 7], [1, 1]]
+
+
+def test_pages_of_all_layers_and_rows_are_completed_where_they_belong(make_engine):
+    with make_engine(cache=CacheConfig(backend="torch"), max_running=4) as engine:
+        store = engine.store
+        for held in store.exact:
+            for part in held:
+                part.normal_()
+        store.complete_pages([DecodeRow(63, [], 3), DecodeRow(127, [0], None), DecodeRow(63, [], 1)])
+        for layer, held in enumerate(store.exact):
+            expected = store.codes[layer].encoded(*(part[[0, 2]] for part in held))
+            assert torch.equal(store.pool.slabs[layer][[3, 1]], expected)
