@@ -268,7 +268,9 @@ class CacheConfig:
         Raises:
             ConfigError: an unknown field, or a value out of range.
         """
-        said = {name for name, value in given.items() if value is not None}
+        defaults = {field.name: field.default for field in fields(cls)}
+        # None says nothing only where it is a value of the field
+        said = {name for name, value in given.items() if value is not None or defaults.get(name) is not None}
         if COMPRESSION_FIELDS & said:
             return cls.from_dict(given)
         given = {name: value for name, value in given.items() if name not in COMPRESSION_FIELDS}

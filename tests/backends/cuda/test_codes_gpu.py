@@ -10,6 +10,7 @@ from tests.backends.cuda.conftest import formats
 from tqai.backends.cuda import codes
 from tqai.backends.cuda.codes import encode_generally
 from tqai.backends.cuda.encode import encode_with_tensor_cores, tensor_encoding_is_right
+from tqai.backends.cuda.unproven import VARIABLE
 from tqai.core.packing import unpack
 from tqai.core.page import pages_from_bytes
 
@@ -95,7 +96,8 @@ def test_decoding_is_that_of_core(cuda_backend, dim, bits_k, bits_v, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize(("bits_k", "bits_v", "dim"), [(4, 2, 128), (3, 3, 128), (2, 4, 64)])
-def test_tensor_cores_encode_here(cuda_backend, bits_k, bits_v, dim, dtype):
+def test_tensor_cores_encode_here(cuda_backend, monkeypatch, bits_k, bits_v, dim, dtype):
+    monkeypatch.setenv(VARIABLE, "1")
     page_format = formats(bits_k, bits_v, dim)
     device = torch.device("cuda", torch.cuda.current_device())
     assert tensor_encoding_is_right(page_format, dtype, device, encode_generally)

@@ -11,6 +11,7 @@ from tqai.backends.cuda import trellis_codes
 from tqai.backends.cuda.attention import Exact, attend_pages
 from tqai.backends.cuda.codes import decode_pages
 from tqai.backends.cuda.plan import Shape
+from tqai.backends.cuda.unproven import VARIABLE
 from tqai.core.codec import CodecSpec, make_codec
 from tqai.core.page import PageFormat, pages_from_bytes
 
@@ -193,7 +194,8 @@ def test_codes_are_as_good_as_those_of_core(cuda_backend, bits_k, bits_v, dim, d
         assert abs(errors[0] / errors[1] - 1.0) < 2e-3
 
 
-def test_the_kernel_encodes_and_many_pages_at_once(cuda_backend):
+def test_the_kernel_encodes_and_many_pages_at_once(cuda_backend, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1")
     page_format = formats(3, 3)
     assert trellis_codes._kernel_encodes(page_format, torch.bfloat16, torch.device("cuda", 0))
     keys = torch.randn(300, 8, 64, 128, device="cuda").bfloat16()

@@ -24,7 +24,7 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str, str]] = [
     *(
         ({field: bits}, f"{field}={bits!r}", BITS)
         for field in ("bits_k", "bits_v")
-        for bits in (0, 9, -1, True, "4", 2.5, None)
+        for bits in (0, 9, -1, True, "4", 2.5)
     ),
     ({"residual_window": -1}, "residual_window=-1", "from 0 to"),
     ({"residual_window": 1 << 21}, f"residual_window={1 << 21}", "from 0 to 1048576"),
@@ -53,6 +53,14 @@ def test_a_wrong_setting_names_field_value_and_what_is_allowed(
     if "config" not in settings:
         with pytest.raises(ConfigError, match=re.escape(allowed)):
             tqai.TurboQuantCache(model, **settings)
+
+
+@pytest.mark.parametrize("field", ["bits_k", "bits_v"])
+def test_none_is_no_number_of_bits_but_what_patch_takes_for_not_said(tiny: Tiny, field: str) -> None:
+    model = tiny("llama")
+    with pytest.raises(ConfigError, match=f"{field}=None.*{BITS}"):
+        tqai.TurboQuantCache(model, **{field: None})
+    assert tqai.patch(model, **{field: None}).settings == tqai.TurboQuantCache(model).settings
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Launches the encoding with tensor cores (`encode_mma.cu`), keys and values one after the other.
 
-It is used only where, on the device at hand, it makes the pages that the general kernel makes, of a case
-drawn at first use: see docs/performance-gpu.md for what it was run on.
+It is used only on request (`unproven.py`: no GPU has run it yet), and where, on the device at hand, it makes
+the pages that the general kernel makes, of a case drawn at first use.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tqai.backends.cuda.encode_plan import (
     tables_bytes,
 )
 from tqai.backends.cuda.plan import codec_macros
+from tqai.backends.cuda.unproven import unproven_kernels
 from tqai.core.codec import Codec
 from tqai.core.page import PAGE_TOKENS, PageFormat
 from tqai.errors import BackendError
@@ -102,13 +103,14 @@ def tensor_encoding_is_right(
     device: torch.device,
     general: Callable[[torch.Tensor, torch.Tensor, PageFormat, torch.Tensor], None],
 ) -> bool:
-    """Whether this format and dtype are to be encoded with tensor cores on this device.
+    """Whether this format and dtype are to be encoded with tensor cores on this device; never unless
+    `unproven_kernels` are asked for.
 
     At first use the kernels are compiled and their pages compared with those of `general`, of random vectors
     and some of zeros, tiny, huge and not finite. What differs, or does not compile, is said once as a warning
     and never used. While a stream is captured nothing can be compared: then False, until the next call.
     """
-    if not has_tensor_encoding(page_format, DTYPE_NAMES[dtype]):
+    if not unproven_kernels() or not has_tensor_encoding(page_format, DTYPE_NAMES[dtype]):
         return False
     key = (page_format, dtype, device)
     if key not in _RIGHT:

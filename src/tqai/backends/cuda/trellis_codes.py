@@ -1,4 +1,5 @@
-"""Encodes and decodes pages of trellis codes: the Viterbi kernel or, for 256 states, torch's operations."""
+"""Encodes and decodes pages of trellis codes: torch's operations or, on request (`unproven.py`) and for 64
+states, the Viterbi kernel."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from tqai.backends.cuda.driver import kernel
 from tqai.backends.cuda.plan import codec_macros, rotation_plan
 from tqai.backends.cuda.trellis_encode import encode_macros, launch_encoder, serves
 from tqai.backends.cuda.trellis_layout import bit_places
+from tqai.backends.cuda.unproven import unproven_kernels
 from tqai.backends.torch_ops.codes import torch_codec
 from tqai.core.page import PAGE_TOKENS, PageFormat
 from tqai.errors import BackendError
@@ -79,7 +81,8 @@ def prepare_trellis_codes(page_format: PageFormat, dtype: torch.dtype, device: t
     """Compile and load the kernels of one dtype, so that a failure shows early (BackendError)."""
     macros = codec_macros(page_format, "float32")
     kernel("trellis_decode.cu", "tqai_decode", macros, device, _prepared(page_format, device).decode_shared)
-    _kernel_encodes(page_format, dtype, device)
+    if unproven_kernels():
+        _kernel_encodes(page_format, dtype, device)
 
 
 def decode_trellis_pages(
@@ -117,7 +120,7 @@ def encode_trellis_pages(
     The last axis of the inputs is contiguous. Memory beside that: 32 to 512 KiB for each warp that is under
     way, at most 8 on a multiprocessor.
     """
-    if _kernel_encodes(page_format, keys.dtype, keys.device):
+    if unproven_kernels() and _kernel_encodes(page_format, keys.dtype, keys.device):
         _encode_by_kernel(keys, values, page_format, out)
     else:
         _encode_by_torch(keys, values, page_format, out)
