@@ -36,6 +36,22 @@ def run(model, cache, ids, chunks=CHUNKS):
     return np.concatenate(parts)
 
 
+@pytest.mark.parametrize("codec", ["trellis", "trellis256"])
+def test_attention_on_trellis_codes_is_attention_on_decompressed_arrays(tiny, ids, codec):
+    model, tokens = tiny("llama"), ids(1, sum(CHUNKS))
+    plain = make_prompt_cache(model)
+    exact = run(model, plain, tokens)
+    cache = tqai.patch(model, bits_k=4, bits_v=3, codec=codec)
+    on_codes = run(model, cache, tokens)
+    config = cache[0].store.config
+    arrays = run(model, [compressed_form(c, config, ()) for c in plain_cache(model)], tokens)
+    scalar = run(model, tqai.patch(model, bits_k=4, bits_v=3), tokens)
+    scale = np.abs(exact).max()
+    assert np.abs(on_codes - arrays).max() < 1e-3 * scale
+    assert np.linalg.norm(on_codes - exact) < 0.95 * np.linalg.norm(scalar - exact)
+    assert [c.store.counts[0] for c in cache] == [2, 2]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_on_codes_is_attention_on_decompressed_arrays(tiny, ids, kind):
     model, tokens = tiny(kind), ids(1, sum(CHUNKS))

@@ -48,6 +48,7 @@ def fed(store, keys, values, chunks):
         ((3, 2, 130), {"sink_tokens": 9}, None),
         ((200, 1, 62, 1, 1, 300, 5), {}, 100),
         ((40, 40, 40, 1, 64, 64), {"residual_window": 10}, 64),
+        ((65, 70, 1), {"codec": "trellis", "bits_k": 3, "bits_v": 2, "sink_tokens": 4}, None),
     ],
 )
 def test_state_is_that_of_the_layer_in_torch(monkeypatch, slab_pages, chunks, settings_, window):

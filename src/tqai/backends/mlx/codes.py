@@ -84,6 +84,22 @@ class MlxCodec:
 
     def __init__(self, codec: Codec) -> None:
         tables = codec.tables()
+        self._adopt_rotation(codec)
+        self.centroids = mx.array(tables["centroids"])
+        self.boundaries = mx.array(tables["boundaries"])
+        self._levels = [float(level) for level in tables["boundaries"]]
+        self._chunk_bits = CHUNK_BITS.get(self.bits)
+        table = tables["centroids"][:, None]
+        if self._chunk_bits is not None:
+            chunks = np.arange(1 << self._chunk_bits)[:, None]
+            table = tables["centroids"][
+                (chunks >> np.arange(0, self._chunk_bits, self.bits)) & _mask(self.bits)
+            ]
+        self._table = mx.array(table)
+        mx.eval(self.centroids, self.boundaries, self._table)
+
+    def _adopt_rotation(self, codec: Codec) -> None:
+        """What codecs of every kind have of their spec."""
         self.head_dim = codec.spec.head_dim
         self.bits = codec.spec.bits
         self.row_bytes = codec.row_bytes
@@ -98,18 +114,7 @@ class MlxCodec:
             self._normaliser = float(self.head_dim) ** (-0.5 * len(signs))
         else:
             self._matrix = mx.array(codec.rotation_matrix.astype(np.float32))
-        self.centroids = mx.array(tables["centroids"])
-        self.boundaries = mx.array(tables["boundaries"])
-        self._levels = [float(level) for level in tables["boundaries"]]
-        self._chunk_bits = CHUNK_BITS.get(self.bits)
-        table = tables["centroids"][:, None]
-        if self._chunk_bits is not None:
-            chunks = np.arange(1 << self._chunk_bits)[:, None]
-            table = tables["centroids"][
-                (chunks >> np.arange(0, self._chunk_bits, self.bits)) & _mask(self.bits)
-            ]
-        self._table = mx.array(table)
-        mx.eval(self._signs, self._matrix, self.centroids, self.boundaries, self._table)
+        mx.eval(self._signs, self._matrix)
 
     def rotate(self, rows: Array) -> Array:
         """`rows @ R.T` for `rows` float32 `[..., head_dim]`: what is coded."""
@@ -196,7 +201,17 @@ class MlxCodec:
         return cells
 
 
-FORMS: dict[str, Callable[[Codec], MlxCodec]] = {"scalar": MlxCodec}
+def _trellis(codec: Codec) -> MlxCodec:
+    from tqai.backends.mlx.trellis import MlxTrellisCodec  # it is made from the class above
+
+    return MlxTrellisCodec(codec)
+
+
+FORMS: dict[str, Callable[[Codec], MlxCodec]] = {
+    "scalar": MlxCodec,
+    "trellis": _trellis,
+    "trellis256": _trellis,
+}
 """Codec name -> its form in MLX."""
 
 

@@ -66,7 +66,7 @@ def settings_of(config: CacheConfig | str | None, given: dict[str, Any]) -> Cach
 def refuses(config: CacheConfig) -> str | None:
     """Why `config` is not served, or None."""
     if config.codec != "scalar":
-        return f"codec={config.codec!r}: the kernels read scalar codes"
+        return f"codec={config.codec!r}: there is no kernel for these codes in MLX, so they are not a default"
     try:
         served(config)
     except UnsupportedError as error:

@@ -145,6 +145,8 @@ def division(slab_pages: int, heads: int) -> tuple[int, int]:
 
 def _fits(page_format: PageFormat, rows: int) -> bool:
     key, value = page_format.key.spec, page_format.value.spec
+    if {key.name, value.name} != {"scalar"}:
+        return False
     floats = rows * key.head_dim + (1 << key.bits) + (1 << value.bits) + 3 * rows * PAGE_TOKENS + 3 * rows
     small = max(key.head_dim, value.head_dim) <= MAX_HEAD_DIM and rows <= MAX_ROWS
     return small and 4 * floats <= MAX_THREADGROUP_BYTES
