@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tqai.backends.cuda.code_params import DTYPE_NAMES, OUT_CODES
 from tqai.backends.cuda.driver import Kernel, Launch, kernel, shared_memory_bytes
 from tqai.backends.cuda.levels import integer_levels
 from tqai.backends.cuda.params import Sizes, divisor
@@ -39,8 +40,6 @@ from tqai.errors import BackendError
 
 __all__ = ["Call", "CallKey", "Prepared", "prepare", "prepared", "prepared_by_identity"]
 
-DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 KEPT_CALLS = 4096
 """Prepared calls that are kept; a new number of pages every 64 tokens makes new ones."""
 CallKey = tuple[Any, ...]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 
 import torch
 
+from tqai.backends.cuda.code_params import DTYPE_NAMES, OUT_CODES, CodeParams
 from tqai.backends.cuda.driver import kernel
 from tqai.backends.cuda.encode import encode_with_tensor_cores, tensor_encoding_is_right
 from tqai.backends.cuda.plan import code_shared_bytes, codec_macros, quantizer_cells, rotation_plan
@@ -20,36 +20,14 @@ from tqai.core.page import PAGE_TOKENS, PageFormat
 
 __all__ = ["decode_pages", "encode_generally", "encode_pages", "prepare_codes"]
 
-DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 THREADS = 256
-
-
-class _Side(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("source", "out", "plan", "levels", "cells")),
-        ("strides", ctypes.c_int64 * 3),
-        ("bucket_scale", ctypes.c_float),
-        ("buckets", ctypes.c_int32),
-        ("least_squares", ctypes.c_int32),
-    ]
-
-
-class _Params(ctypes.Structure):
-    _fields_ = [
-        ("pages", ctypes.c_uint64),
-        ("side", _Side * 2),
-        ("heads", ctypes.c_int32),
-        ("out_dtype", ctypes.c_int32),
-        ("back", ctypes.c_int32),
-    ]
 
 
 class _Prepared:
     """Tables on the device for one page format."""
 
     def __init__(self, page_format: PageFormat, device: torch.device) -> None:
-        self.params = _Params()
+        self.params = CodeParams()
         self.shared = 0
         self._kept = []
         for side, codec in zip(self.params.side, (page_format.key, page_format.value), strict=True):
@@ -101,7 +79,7 @@ def encode_generally(
 ) -> None:
     """As `encode_pages`, by the kernel that takes every format and dtype (`encode.cu`)."""
     ready = _prepared(page_format, keys.device)
-    params = _Params.from_buffer_copy(ready.params)
+    params = CodeParams.from_buffer_copy(ready.params)
     params.pages = out.data_ptr()
     params.heads = keys.shape[1]
     for side, array in zip(params.side, (keys, values), strict=True):
@@ -133,7 +111,7 @@ def decode_pages(
         torch.empty(count, PAGE_TOKENS, codec.spec.head_dim, dtype=dtype, device=raw.device)
         for codec in (page_format.key, page_format.value)
     ]
-    params = _Params.from_buffer_copy(ready.params)
+    params = CodeParams.from_buffer_copy(ready.params)
     params.pages, params.heads, params.out_dtype, params.back = (
         raw.data_ptr(),
         1,
@@ -151,7 +129,7 @@ def _launch(
     page_format: PageFormat,
     dtype: torch.dtype,
     device: torch.device,
-    params: _Params,
+    params: CodeParams,
     shared: int,
     blocks: int,
 ) -> None:

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 
+from tqai.backends.cuda.code_params import DTYPE_NAMES
 from tqai.backends.cuda.driver import kernel
 from tqai.backends.cuda.encode_plan import (
     WARPS,
@@ -31,7 +32,6 @@ __all__ = ["encode_with_tensor_cores", "tensor_encoding_is_right"]
 
 logger = logging.getLogger("tqai")
 
-DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 BLOCKS_PER_MULTIPROCESSOR = 3
 ENTRIES = ("tqai_encode_keys", "tqai_encode_values")
 CHECKED_PAGES, CHECKED_HEADS = 3, 3

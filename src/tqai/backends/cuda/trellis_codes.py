@@ -3,13 +3,13 @@ states, the Viterbi kernel."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from functools import lru_cache
 
 import numpy as np
 import torch
 
+from tqai.backends.cuda.code_params import DTYPE_NAMES, OUT_CODES, CodeParams
 from tqai.backends.cuda.driver import kernel
 from tqai.backends.cuda.plan import codec_macros, rotation_plan
 from tqai.backends.cuda.trellis_encode import encode_macros, launch_encoder, serves
@@ -23,43 +23,17 @@ __all__ = ["decode_trellis_pages", "encode_trellis_pages", "prepare_trellis_code
 
 logger = logging.getLogger("tqai")
 
-DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-OUT_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 DECODE_THREADS = 256
 PAGES_AT_ONCE = 256
 MOST_WORSE = 0.02
 """So much more error than torch's codes have on a page of random vectors refutes the kernel."""
 
 
-class _Side(ctypes.Structure):
-    """`Side` of codes.cuh."""
-
-    _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("source", "out", "plan", "levels", "cells")),
-        ("strides", ctypes.c_int64 * 3),
-        ("bucket_scale", ctypes.c_float),
-        ("buckets", ctypes.c_int32),
-        ("least_squares", ctypes.c_int32),
-    ]
-
-
-class _DecodeParams(ctypes.Structure):
-    """`CodeParams` of codes.cuh."""
-
-    _fields_ = [
-        ("pages", ctypes.c_uint64),
-        ("side", _Side * 2),
-        ("heads", ctypes.c_int32),
-        ("out_dtype", ctypes.c_int32),
-        ("back", ctypes.c_int32),
-    ]
-
-
 class _Prepared:
     """Tables on the device for one page format."""
 
     def __init__(self, page_format: PageFormat, device: torch.device) -> None:
-        self.decode_params = _DecodeParams()
+        self.decode_params = CodeParams()
         self._kept = []
         codecs = (page_format.key, page_format.value)
         for side, codec in zip(self.decode_params.side, codecs, strict=True):
@@ -99,7 +73,7 @@ def decode_trellis_pages(
         for codec in (page_format.key, page_format.value)
     ]
     if count:
-        params = _DecodeParams.from_buffer_copy(ready.decode_params)
+        params = CodeParams.from_buffer_copy(ready.decode_params)
         params.pages, params.heads, params.out_dtype = raw.data_ptr(), 1, OUT_CODES[dtype]
         params.back = int(not rotated)
         for side, array in zip(params.side, outs, strict=True):

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from tqai.backends.cuda.code_params import DTYPE_NAMES
 from tqai.backends.cuda.driver import kernel
 from tqai.backends.cuda.plan import DTYPES, ROUNDS, rotation_plan
 from tqai.core.codec import Codec, CodecSpec, make_codec
@@ -25,7 +26,6 @@ __all__ = [
     "serves",
 ]
 
-DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 STATE_BITS = 6
 BLOCKS_PER_MULTIPROCESSOR = 8
 TILE_STEPS = 4
