@@ -68,14 +68,27 @@ def test_without_the_model_the_last_layer_is_unknown(monkeypatch: Any, caplog: A
     assert "without the model" in caplog.text
 
 
+def test_no_slow_encoder_by_default(monkeypatch: Any, tiny: Tiny, caplog: Any) -> None:
+    """Trellis codes are encoded slowly by torch: nobody gets them there who did not ask."""
+    monkeypatch.setattr(tqai.config, "DEFAULT_PRESET", "balanced")
+    model = tiny("llama")
+    assert tqai.TurboQuantCache(model, backend="torch").settings == CacheConfig(4, 2, backend="torch")
+    assert "backend 'torch' encodes trellis codes slowly: asked for" in caplog.text
+    asked = tqai.TurboQuantCache(model, config="balanced", backend="torch")
+    assert asked.settings == CacheConfig.preset("balanced", backend="torch").by_layer(2)
+    monkeypatch.setattr(tqai.config, "DEFAULT_PRESET", "K4/V4")
+    assert tqai.TurboQuantCache(model, backend="torch").settings == CacheConfig(4, 4, backend="torch")
+
+
 @pytest.mark.parametrize("name", ["K4/V4", "balanced"])
 def test_the_default(monkeypatch: Any, tiny: Tiny, name: str) -> None:
     monkeypatch.setattr(tqai.config, "DEFAULT_PRESET", name)
     model = tiny("llama")
-    wanted = CacheConfig.preset(name, backend="torch").by_layer(2)
-    assert tqai.patch(model, backend="torch").settings == wanted
+    monkeypatch.setattr("tqai.integrations.transformers.default.SLOW_ENCODERS", ())  # wherever this runs
+    wanted = CacheConfig.preset(name, seed=3).by_layer(2)
+    assert tqai.patch(model, seed=3).settings == wanted
     assert generate(model).past_key_values.settings == wanted
-    assert tqai.TurboQuantCache(model, backend="torch").settings == wanted
+    assert tqai.TurboQuantCache(model, seed=3).settings == wanted
     for plain in ({"bits_k": 4}, {"bits_v": 2}, {"bits_k": 4, "bits_v": 2}, {"residual_window": 0}):
         assert tqai.patch(model, **plain).settings == CacheConfig(**plain)
         assert tqai.TurboQuantCache(model, **plain).settings == CacheConfig(**plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -13,6 +14,7 @@ from tqai.cache.memory import MemoryReport
 from tqai.config import CacheConfig
 from tqai.errors import ConfigError, UnsupportedError
 from tqai.integrations.transformers.bits import plan_bits, with_bits, with_calibration
+from tqai.integrations.transformers.default import why_not_default
 from tqai.integrations.transformers.layers import TurboQuantLayer, compressed_form, is_compressible
 from tqai.integrations.transformers.saving import fingerprint, load, save
 
@@ -66,7 +68,7 @@ class TurboQuantCache(DynamicCache):
                 "offloading=True: a compressed cache is not offloaded; allowed is False. It is already a "
                 "fraction of the size; use fewer bits, or transformers' own offloaded DynamicCache"
             )
-        self.settings = _settings(bits, config, settings, model is not None)
+        self.settings = _settings(bits, config, settings, model)
         if calibration is not None:
             known = None if model is None else fingerprint(model)
             self.settings = with_calibration(self.settings, calibration, known)
@@ -156,23 +158,16 @@ class TurboQuantCache(DynamicCache):
 
 
 def _settings(
-    bits: int | str | None, config: CacheConfig | str | None, changes: dict[str, Any], layers_known: bool
+    bits: int | str | None, config: CacheConfig | str | None, changes: dict[str, Any], model: Any
 ) -> CacheConfig:
     changes = with_bits(bits, changes, config is not None)
     if config is None:
-        return CacheConfig.asked(changes, None if layers_known else _needs_layers)
+        return CacheConfig.asked(changes, partial(why_not_default, model=model))
     if isinstance(config, str):
         return CacheConfig.preset(config, **changes)
     if isinstance(config, CacheConfig):
         return CacheConfig.from_dict({**config.to_dict(), **changes})
     raise ConfigError(f"config={config!r}: allowed are a CacheConfig, the name of a preset and None")
-
-
-def _needs_layers(config: CacheConfig) -> str | None:
-    """Why a cache that is made without its model cannot have this configuration, or None."""
-    if config.last_layer_bits is None:
-        return None
-    return "the cache was made without the model or its config, so its last layer is not known"
 
 
 def _soft_caps(config: PreTrainedConfig) -> bool:
