@@ -1,15 +1,20 @@
 """Who is refused, how, and that nothing of the server's inside gets out."""
 
 import json
+import socket
 import threading
 import time
+from contextlib import suppress
 
 import httpx
 import pytest
 from serving import MODEL, serving
 
+from tqai.server.api.lifecycle import config_for
+
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MESSAGES = [{"role": "user", "content": "x"}]
+SCHEMA = {"json_schema": {"name": "n", "schema": {"type": "object"}}}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +46,23 @@ def test_unsupported_parameters_are_refused_by_name(served, path, body, param):
         (CHAT, {"messages": MESSAGES, "stream_options": {"include_usage": True}}, "stream_options"),
         (CHAT, {"messages": MESSAGES, "tool_choice": "required"}, "tool_choice"),
         (CHAT, {"messages": MESSAGES, "response_format": {"type": "json_schema"}}, "response_format"),
+        (CHAT, {"messages": MESSAGES, "response_format": {"type": "text", **SCHEMA}}, "response_format"),
+        (CHAT, {"messages": [{**MESSAGES[0], "tool_call_id": "1"}]}, "messages.0"),
+        (CHAT, {"messages": [{**MESSAGES[0], "tool_calls": []}]}, "messages.0"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages.0"),
+        (CHAT, {"messages": MESSAGES, "max_tokens": 2, "max_completion_tokens": 2}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "x", "echo": True, "stream": True, "logprobs": 1}, "echo"),
+        (COMPLETIONS, {"prompt": "x", "stream_options": {}}, "stream_options"),
+        ("/tokenize", {"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
+        ("/tokenize", {"messages": MESSAGES, "prompt": "x"}, "prompt"),
+        (RESPONSES, {"input": "x", "top_logprobs": 2}, "top_logprobs"),
+        (RESPONSES, {"input": "x", "include": ["file_search_call.results"]}, "include"),
+        (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format"),
+        (RESPONSES, {"input": "x", "text": {"format": {"type": "text", "schema": {}}}}, "text.format"),
+        (RESPONSES, {"input": "x", "store": True}, "store"),
+        (RESPONSES, {"input": "x", "truncation": "auto"}, "truncation"),
+        (RESPONSES, {"input": "x", "parallel_tool_calls": False}, "parallel_tool_calls"),
         (COMPLETIONS, {"prompt": "x", "guided_json": {"type": "nonsense"}}, "guided_json"),
         (COMPLETIONS, {"prompt": "x", "guided_regex": "("}, "guided_regex"),
         (CHAT, {"messages": MESSAGES, "guided_regex": "("}, "guided_regex"),
@@ -79,9 +101,26 @@ def test_unknown_paths_and_methods(served):
     assert served.http.get("/v1/nothing").status_code == 404
     assert served.http.get(CHAT).status_code == 405
     assert served.http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
-    assert (
-        "Server" not in served.http.get("/health").headers or "uvicorn" not in served.http.get("/health").text
-    )
+    for path in ("/health", "/v1/nothing", "/docs", "/redoc"):
+        answer = served.http.get(path)
+        assert "server" not in answer.headers and "uvicorn" not in answer.text
+        assert answer.status_code == (200 if path == "/health" else 404)
+
+
+def test_heads_of_up_to_64_kib(served):
+    """Also in pieces, of which uvicorn's own bound takes 16 KiB; what is read at once counts as one."""
+    for size, status in ((40 << 10, b" 200 "), (400 << 10, b" 400 ")):
+        with socket.create_connection(served.address) as plain:
+            plain.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * size)
+            time.sleep(0.2)
+            with suppress(ConnectionError):  # refused before its end
+                plain.sendall(b"\r\n\r\n")
+            assert status in plain.recv(1000)
+
+
+def test_idle_connections_are_kept_for_longer_than_clients_keep_them():
+    """One that the server closes while a request is on its way is an error to the client."""
+    assert config_for(None, "127.0.0.1", 0).timeout_keep_alive > 65
 
 
 def test_cors_is_off(served):
@@ -211,6 +250,8 @@ def test_metrics_count_what_happens(make_engine, document_ids, monkeypatch):
         assert engine.wait_idle(60)
         monkeypatch.setattr(engine.scheduler.runner, "prefill", lambda *args: 1 / 0)
         assert served.error(COMPLETIONS, prompt="x")[0] == 500
+        # the answer may be sent a moment before its request is counted as ended
+        until(lambda: metrics_of(served)['request_success_total{finished_reason="error"}'])
         found = metrics_of(served)
         counters = engine.scheduler.counters
         reasons = ("length", "stop", "abort", "error")

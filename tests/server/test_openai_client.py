@@ -293,6 +293,20 @@ def test_a_call_that_the_model_makes_by_itself(client, stream, choice):
     assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Oslo"})
 
 
+def test_responses_logprobs(client):
+    wanted = {"model": MODEL, "input": "A list is", "max_output_tokens": 4, "temperature": 0}
+    wanted |= {"include": ["message.output_text.logprobs"], "top_logprobs": 3}
+    (part,) = client.responses.create(**wanted).output[0].content
+    assert "".join(item.token for item in part.logprobs) == part.text and len(part.logprobs) == 4
+    for item in part.logprobs:
+        assert len(item.top_logprobs) == 3 and item.top_logprobs[0].logprob == item.logprob <= 0
+    events = list(client.responses.create(**wanted, stream=True))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    streamed = [item.token for event in deltas for item in event.logprobs]
+    assert streamed == [item.token for item in part.logprobs]
+    assert events[-1].response.output[0].content[0].logprobs == part.logprobs
+
+
 def test_responses_go_on_after_a_call(client):
     function = {"type": "function", "strict": True, **TOOL["function"]}
     events = list(

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
 from tqai.server.api.context import Context, new_id
 from tqai.server.api.errors import ApiError, documented
@@ -30,9 +31,10 @@ from tqai.server.api.tools import ToolFormat, ToolReader
 from tqai.server.api.wire import chat_logprobs, event_stream, usage_of
 from tqai.server.engine.sequence import Delta, Finished, GenerationRequest
 
-__all__ = ["ToolUse", "check_tools", "router_for", "tool_calls"]
+__all__ = ["CALLS_EXCLUDE", "ToolUse", "check_tools", "router_for", "tool_calls"]
 
-ANY_OBJECT = {"type": "object"}
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+CALLS_EXCLUDE = "tool_choice: calls that are forced, or strict, exclude"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ToolUse:
     Attributes:
         tools: those that the prompt shows.
         reads: the format in which calls are read; None: no calls.
-        grammar: forces a call, or None.
+        grammar: forces a call, or keeps those that are made to strict schemas; or None.
     """
 
     tools: list[Tool] | None
@@ -115,20 +117,25 @@ async def _requests(context: Context, body: ChatRequest) -> tuple[list[Generatio
             raise ApiError(
                 400, "response_format: not together with guided_json or guided_regex", "response_format"
             )
-        schema = ANY_OBJECT
-        if body.response_format.type == "json_schema":
-            if body.response_format.json_schema is None:
-                raise ApiError(400, "response_format.json_schema is missing", "response_format")
-            schema = body.response_format.json_schema.schema_
+        wanted = body.response_format.json_schema
+        schema = ANY_OBJECT if wanted is None else wanted.schema_
     param = "response_format" if body.response_format is not None else "guided_json"
     grammar = await context.grammar_of(schema, body.guided_regex, param)
     use = await check_tools(context, body.tools, body.tool_choice)
     if use.grammar is not None and grammar is not None:
-        raise ApiError(400, "tool_choice: a forced call excludes a response format", "tool_choice")
+        raise ApiError(400, f"{CALLS_EXCLUDE} a response format", "tool_choice")
     ids = await context.tokens_of_chat(body.messages, use.tools)
     max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = context.sampling(body, len(ids), max_tokens, None, grammar or use.grammar, logprobs)
+    params = context.sampling(
+        body,
+        len(ids),
+        max_tokens,
+        None,
+        grammar or use.grammar,
+        logprobs,
+        reads_calls=use.reads is not None,
+    )
     return [GenerationRequest(ids, params, choice) for choice in range(n)], use
 
 
@@ -152,20 +159,27 @@ async def check_tools(context: Context, tools: list[Tool] | None, choice: str | 
         )
     if choice == "none":
         return ToolUse(tools, None, None)
-    if choice in (None, "auto"):
+    if choice in (None, "auto") and not any(tool.function.strict for tool in tools):
         return ToolUse(tools, known, None)
     wanted = tools
     if isinstance(choice, ToolChoice):
         wanted = [tool for tool in tools if tool.function.name == choice.function.name]
         if not wanted:
             raise ApiError(400, f"tool_choice: no tool is named {choice.function.name!r}", "tool_choice")
-    functions = [(tool.function.name, tool.function.parameters or ANY_OBJECT) for tool in wanted]
-    grammar = known.grammar(functions)
+    if choice in (None, "auto"):
+        functions = [(t.function.name, _parameters(t) if t.function.strict else ANY_OBJECT) for t in tools]
+        grammar = known.optional_grammar(functions, context.tool_token)
+    else:
+        grammar = known.grammar([(t.function.name, _parameters(t)) for t in wanted], context.tool_token)
     try:
-        context.engine.grammars.check(grammar)
+        await run_in_threadpool(context.engine.grammars.check, grammar)
     except (ValueError, NotImplementedError) as error:
         raise ApiError(400, f"tools: {error}", "tools") from error
     return ToolUse(tools, known, grammar)
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    return tool.function.parameters or ANY_OBJECT
 
 
 def tool_calls(calls: list[tuple[str, str]]) -> list[AnsweredToolCall]:

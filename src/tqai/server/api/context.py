@@ -32,6 +32,7 @@ class Context:
         self.created = int(time.time())
         self.chat_template = settings.chat_template or getattr(self.tokenizer, "chat_template", None)
         self.tool_format: ToolFormat | None = tool_format_of(self.chat_template)
+        self.tool_token = _special_token(self.tokenizer, self.tool_format.start if self.tool_format else "")
 
     def check_model(self, name: str) -> None:
         """Raises 404 where another model is asked for."""
@@ -56,9 +57,10 @@ class Context:
         grammar: str | None,
         logprobs: int | None,
         prompt_logprobs: bool = False,
+        reads_calls: bool = False,
     ) -> SamplingParams:
         """The sampling parameters of a body; without a limit on its tokens, the default (None: all that
-        the model's length leaves)."""
+        the model's length leaves). `reads_calls`: the token that begins a tool call is part of the text."""
         limit = self.settings.max_output_tokens
         room = self.engine.max_model_len - prompt_tokens
         if max_tokens is None:
@@ -88,6 +90,7 @@ class Context:
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
                 grammar=grammar,
+                skip_special_tokens=not (reads_calls and self.tool_token is not None),
             )
         except ConfigError as error:
             raise ApiError(400, str(error)) from error
@@ -139,6 +142,12 @@ class Context:
                 400, "messages: the model's chat template refuses these messages", "messages"
             ) from error
         return text
+
+
+def _special_token(tokenizer: Any, text: str) -> int | None:
+    """The id of the special token that is spelt `text`, which decoding would leave out; or None."""
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    return next((token for token, known in added.items() if known.special and known.content == text), None)
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -20,6 +20,9 @@ __all__ = ["DrainingServer", "config_for", "is_loopback", "serve"]
 
 logger = logging.getLogger("tqai.server")
 
+KEEP_ALIVE_SECONDS = 75
+"""httpx and with it OpenAI's client let go after 5 seconds, others after up to a minute."""
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`."""
@@ -56,7 +59,8 @@ class DrainingServer(uvicorn.Server):
 
 
 def config_for(app: FastAPI, host: str, port: int) -> uvicorn.Config:
-    """How uvicorn serves `app`: without its name in the answers, with heads of at most 64 KiB."""
+    """How uvicorn serves `app`: without its name in the answers, with heads of at most 64 KiB, and keeping
+    idle connections for longer than clients do, so that none is closed under a request on its way."""
     return uvicorn.Config(
         app,
         host=host,
@@ -66,6 +70,7 @@ def config_for(app: FastAPI, host: str, port: int) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         h11_max_incomplete_event_size=64 << 10,
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from tqai.server.api.chat import ANY_OBJECT, ToolUse, check_tools
+from tqai.server.api.chat import ANY_OBJECT, CALLS_EXCLUDE, ToolUse, check_tools
 from tqai.server.api.context import Context, new_id
 from tqai.server.api.errors import ApiError, documented, error_body
 from tqai.server.api.generation import Generation, collect, generating
@@ -36,7 +36,7 @@ from tqai.server.api.schemas import (
     ToolChoice,
 )
 from tqai.server.api.tools import ToolReader
-from tqai.server.api.wire import event_stream
+from tqai.server.api.wire import chat_logprobs, event_stream
 from tqai.server.engine.sequence import Delta, Finished, GenerationRequest
 
 __all__ = ["router_for"]
@@ -60,14 +60,15 @@ def router_for(context: Context) -> APIRouter:
         if body.stream:
             stack = AsyncExitStack()
             generation = await stack.enter_async_context(generating(context, [request]))
-            return event_stream(stack, _events(answer, use, generation), done=None)
+            return event_stream(stack, _events(context, body, answer, use, generation), done=None)
         (found,) = await collect(context, [request], http)
         assert found.end is not None
         text, calls = found.text, list[tuple[str, str]]()
         read = use.reads.read(text) if use.reads is not None else None
         if read is not None:
             text, calls = read
-        output = [_message(new_id("msg"), text)] if text or not calls else []
+        logprobs = _logprobs(context, body, found.chosen)
+        output = [_message(new_id("msg"), text, logprobs)] if text or not calls else []
         output += [_call(new_id("fc"), name, arguments) for name, arguments in calls]
         return Response(json.dumps(answer.whole(output, found.end)), media_type="application/json")
 
@@ -84,11 +85,7 @@ async def _request(context: Context, body: ResponsesRequest) -> tuple[Generation
     schema = None
     wanted = body.text.format if body.text is not None else None
     if wanted is not None and wanted.type != "text":
-        schema = ANY_OBJECT
-        if wanted.type == "json_schema":
-            if wanted.schema_ is None:
-                raise ApiError(400, "text.format.schema is missing", "text")
-            schema = wanted.schema_
+        schema = ANY_OBJECT if wanted.schema_ is None else wanted.schema_
     grammar = await context.grammar_of(schema, None, "text")
     tools = None
     if body.tools:
@@ -109,12 +106,24 @@ async def _request(context: Context, body: ResponsesRequest) -> tuple[Generation
         choice = ToolChoice(type="function", function=NamedFunction(name=choice.name))
     use = await check_tools(context, tools, choice)
     if use.grammar is not None and grammar is not None:
-        raise ApiError(400, "tool_choice: a forced call excludes a text format", "tool_choice")
+        raise ApiError(400, f"{CALLS_EXCLUDE} a text format", "tool_choice")
     ids = await context.tokens_of_chat(messages, use.tools)
     fields = SamplingFields.model_validate(
         {"model": body.model, "temperature": body.temperature, "top_p": body.top_p}
     )
-    params = context.sampling(fields, len(ids), body.max_output_tokens, None, grammar or use.grammar, None)
+    if body.top_logprobs is not None and not body.include:
+        raise ApiError(
+            400, "top_logprobs: only with include=['message.output_text.logprobs']", "top_logprobs"
+        )
+    params = context.sampling(
+        fields,
+        len(ids),
+        body.max_output_tokens,
+        None,
+        grammar or use.grammar,
+        (body.top_logprobs or 0) if body.include else None,
+        reads_calls=use.reads is not None,
+    )
     return GenerationRequest(ids, params), use
 
 
@@ -149,6 +158,7 @@ class _Answer:
             "previous_response_id": None,
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
+            "top_logprobs": body.top_logprobs,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "text": {"format": shown},
             "tool_choice": "auto" if body.tool_choice is None else _dumped(body.tool_choice),
@@ -180,7 +190,9 @@ class _Answer:
         }
 
 
-async def _events(answer: _Answer, use: ToolUse, generation: Generation) -> AsyncIterator[tuple[str, str]]:
+async def _events(
+    context: Context, body: ResponsesRequest, answer: _Answer, use: ToolUse, generation: Generation
+) -> AsyncIterator[tuple[str, str]]:
     numbers = iter(range(1 << 62))
 
     def event(kind: str, **fields: Any) -> tuple[str, str]:
@@ -194,6 +206,7 @@ async def _events(answer: _Answer, use: ToolUse, generation: Generation) -> Asyn
     output: list[dict[str, Any]] = []
     end: Finished | None = None
     calls: list[tuple[str, str]] = []
+    logprobs: list[dict[str, Any]] = []
 
     def opening() -> list[tuple[str, str]]:
         return [
@@ -207,8 +220,11 @@ async def _events(answer: _Answer, use: ToolUse, generation: Generation) -> Asyn
 
     try:
         async for _, found in generation.events():
+            new: list[dict[str, Any]] = []
             if isinstance(found, Delta):
                 shown = found.text if reader is None else reader.add(found.text)
+                new = _logprobs(context, body, found.chosen)
+                logprobs += new
             else:
                 end, shown = found, ""
                 if reader is not None:
@@ -219,17 +235,18 @@ async def _events(answer: _Answer, use: ToolUse, generation: Generation) -> Asyn
                     yield added
             if shown:
                 text += shown
-                yield event("response.output_text.delta", **place, delta=shown, logprobs=[])
+                yield event("response.output_text.delta", **place, delta=shown, logprobs=new)
     except ApiError as error:
         reason = error_body(error.status, error.message)["error"]
         failure = {"code": "server_error", "message": reason["message"]}
         yield event("response.failed", response=answer.whole(output, None, failure))
         return
     if opened:
-        yield event("response.output_text.done", **place, text=text, logprobs=[])
-        yield event("response.content_part.done", **place, part=_part(text))
-        yield event("response.output_item.done", output_index=0, item=_message(item, text))
-        output.append(_message(item, text))
+        whole_item = _message(item, text, logprobs)
+        yield event("response.output_text.done", **place, text=text, logprobs=logprobs)
+        yield event("response.content_part.done", **place, part=whole_item["content"][0])
+        yield event("response.output_item.done", output_index=0, item=whole_item)
+        output.append(whole_item)
     for name, arguments in calls:
         index, call = len(output), _call(new_id("fc"), name, arguments)
         started = {**call, "status": "in_progress", "arguments": ""}
@@ -247,18 +264,22 @@ async def _events(answer: _Answer, use: ToolUse, generation: Generation) -> Asyn
     yield event(f"response.{whole['status']}", response=whole)
 
 
-def _message(item: str, text: str) -> dict[str, Any]:
+def _logprobs(context: Context, body: ResponsesRequest, chosen: Any) -> list[dict[str, Any]]:
+    return [item.model_dump() for item in chat_logprobs(context, chosen)] if body.include else []
+
+
+def _message(item: str, text: str, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     return {
         "type": "message",
         "id": item,
         "role": "assistant",
         "status": "completed",
-        "content": [_part(text)],
+        "content": [_part(text, logprobs)],
     }
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _part(text: str, logprobs: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs or []}
 
 
 def _call(item: str, name: str, arguments: str) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tqai.server.api.schemas import Body, NamedFunction, Text
+from tqai.server.api.schemas import MAX_LOGPROBS, Body, NamedFunction, Text
 
 __all__ = ["ResponseBody", "ResponsesRequest"]
 
@@ -78,6 +78,12 @@ class TextFormat(Body):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _schema_where_one_is_used(self) -> TextFormat:
+        if (self.type == "json_schema") != (self.schema_ is not None):
+            raise ValueError("schema: needed with type json_schema, and only there")
+        return self
+
 
 class TextSettings(Body):
     """Settings of the output's text."""
@@ -100,6 +106,8 @@ class ResponsesRequest(Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     stream: bool | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     text: TextSettings | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None

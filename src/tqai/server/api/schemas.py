@@ -1,14 +1,14 @@
 """What /v1/completions, /v1/chat/completions and /tokenize take and return.
 
 A parameter that is not listed here is refused by name. Listed ones do what OpenAI (or, beyond that,
-vLLM) documents.
+vLLM) documents; those that are taken and change nothing are listed in docs/serve.md.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = [
     "ChatRequest",
@@ -114,6 +114,17 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
+    @model_validator(mode="after")
+    def _of_its_role(self) -> Message:
+        # chat templates pass over what a role does not have
+        if self.role != "assistant" and self.tool_calls is not None:
+            raise ValueError("tool_calls: only in messages of the assistant")
+        if self.role != "tool" and self.tool_call_id is not None:
+            raise ValueError("tool_call_id: only in messages of tools")
+        if self.role != "assistant" and self.content is None:
+            raise ValueError("content: is missing")
+        return self
+
 
 class Function(Body):
     """A function that the model may call."""
@@ -161,6 +172,12 @@ class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    @model_validator(mode="after")
+    def _schema_where_one_is_used(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: needed with type json_schema, and only there")
+        return self
+
 
 class ChatRequest(SamplingFields):
     """Body of /v1/chat/completions."""
@@ -181,7 +198,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
 
 
 class TokenizeResponse(BaseModel):

@@ -57,7 +57,10 @@ def router_for(context: Context, metrics: Metrics) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "exactly one of prompt and messages is needed", "prompt")
         if body.prompt is not None:
-            tokens = await context.tokens_of(body.prompt, body.add_special_tokens)
+            tokens = await context.tokens_of(body.prompt, body.add_special_tokens is not False)
+        elif body.add_special_tokens:
+            param = "add_special_tokens"
+            raise ApiError(400, f"{param}: the chat template adds those of a conversation", param)
         else:
             tokens = await context.tokens_of_chat(body.messages or [], None)
         return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=engine.max_model_len)

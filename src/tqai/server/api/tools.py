@@ -4,7 +4,8 @@
     mistral  [TOOL_CALLS][{"name": ..., "arguments": {...}}]
     llama3   {"name": ..., "parameters": {...}}   as the whole message, perhaps after <|python_tag|>
 
-Which one a model speaks is read off its template; a template without any of them takes no tools.
+Which one a model speaks is read off its template; a template without any of them takes no tools. In some
+tokenizers the text that begins a call is one special token, which a grammar names by its id.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from typing import Any
+
+from tqai.server.engine.grammar import JSON_OPTIONS
 
 __all__ = ["FORMATS", "ToolFormat", "ToolReader", "tool_format_of"]
 
@@ -26,6 +29,7 @@ class ToolFormat:
         arguments: name of the member that holds the arguments.
         is_list: the calls are one JSON list.
         marks: texts in a template, all of which tell this format.
+        others: texts in a template that tell another format which begins alike.
     """
 
     name: str
@@ -34,10 +38,44 @@ class ToolFormat:
     arguments: str
     is_list: bool
     marks: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
-    def grammar(self, functions: list[tuple[str, dict[str, Any]]]) -> str:
-        """An llguidance grammar for one call of one of `functions` (name and schema of the parameters)."""
-        call = {
+    def grammar(self, functions: list[tuple[str, dict[str, Any]]], start_token: int | None = None) -> str:
+        """An llguidance grammar for one call of one of `functions` (name and schema of the parameters);
+        `start_token` is the id of `start` where that is one special token."""
+        schema = self._schema(functions)
+        if self.is_list:
+            schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 1}
+        parts = [self._opening(start_token)] if self.start else []
+        parts.append(_json(schema))
+        parts += [json.dumps(self.end)] if self.end else []
+        return "start: " + " ".join(parts) + "\n"
+
+    def optional_grammar(
+        self, functions: list[tuple[str, dict[str, Any]]], start_token: int | None = None
+    ) -> str:
+        """An llguidance grammar for any text in which every call is one of `functions`."""
+        # bounded: a model that likes spaces would never end
+        schema, spaces = self._schema(functions), r"/\s{0,2}/"
+        if not self.start:
+            text = r"TEXT: /(([^{<\s]|<[^|])(.|\n)*)?/"
+            return f"start: {spaces} ({_json(schema)} | TEXT)\n{text}\n"
+        if self.is_list:
+            schema = {"type": "array", "items": schema, "minItems": 1}
+        call = f"head {spaces} {_json(schema)}"
+        rules = [f"start: call* TEXT\ncall: {call} {spaces} {json.dumps(self.end)}"]
+        if not self.end:
+            rules = [f"start: call | TEXT\ncall: {call}"]
+        # a lazy rule ends where its text does for the first time; no text holds a special token
+        lazy = "[lazy]" if start_token is None else ""
+        rules += [f"head{lazy}: TEXT {self._opening(start_token)}", r"TEXT: /(.|\n)*/"]
+        return "\n".join(rules) + "\n"
+
+    def _opening(self, start_token: int | None) -> str:
+        return json.dumps(self.start) if start_token is None else f"<[{start_token}]>"
+
+    def _schema(self, functions: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+        return {
             "anyOf": [
                 {
                     "type": "object",
@@ -48,14 +86,6 @@ class ToolFormat:
                 for name, schema in functions
             ]
         }
-        schema: dict[str, Any] = call
-        if self.is_list:
-            schema = {"type": "array", "items": call, "minItems": 1, "maxItems": 1}
-        schema = {**schema, "x-guidance": {"whitespace_flexible": False}}
-        parts = [json.dumps(self.start)] if self.start else []
-        parts.append(f"%json {json.dumps(schema)}")
-        parts += [json.dumps(self.end)] if self.end else []
-        return "start: " + " ".join(parts) + "\n"
 
     def read(self, text: str) -> tuple[str, list[tuple[str, str]]] | None:
         """Text before the calls and the calls as pairs of name and JSON arguments; None without a call
@@ -88,17 +118,31 @@ class ToolFormat:
         return (before.strip(), calls) if calls else None
 
 
+def _json(schema: dict[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS})}"
+
+
 FORMATS = (
-    ToolFormat("hermes", "<tool_call>", "</tool_call>", "arguments", False, ("<tool_call>",)),
-    ToolFormat("mistral", "[TOOL_CALLS]", "", "arguments", True, ("[TOOL_CALLS]",)),
+    ToolFormat(
+        "hermes",
+        "<tool_call>",
+        "</tool_call>",
+        "arguments",
+        False,
+        ("<tool_call>",),
+        ("<function=", "<arg_key>"),
+    ),
+    ToolFormat("mistral", "[TOOL_CALLS]", "", "arguments", True, ("[TOOL_CALLS]",), ("[ARGS]",)),
     ToolFormat("llama3", "", "", "parameters", False, ('"parameters"', "<|start_header_id|>")),
 )
 
 
 def tool_format_of(template: str | None) -> ToolFormat | None:
     """The format that a chat template shows, or None."""
+    if not template or "tools" not in template:
+        return None
     for known in FORMATS:
-        if template and "tools" in template and all(mark in template for mark in known.marks):
+        if all(mark in template for mark in known.marks) and not any(o in template for o in known.others):
             return known
     return None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tqai.errors import ConfigError, UnsupportedError
 
-__all__ = ["Constraint", "Grammars", "json_grammar", "regex_grammar"]
+__all__ = ["JSON_OPTIONS", "Constraint", "Grammars", "json_grammar", "regex_grammar"]
 
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 

@@ -40,6 +40,7 @@ class SamplingParams:
         logprobs: how many alternatives to report per token; None: no log-probabilities.
         prompt_logprobs: report those of the prompt too.
         grammar: an llguidance grammar that the output must follow.
+        skip_special_tokens: special tokens are no part of the text.
 
     Raises:
         ConfigError: a field is out of range.
@@ -61,6 +62,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     grammar: str | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {

@@ -105,7 +105,7 @@ class Sequence:
         self.prompt_chosen: list[Chosen] = []
         self.outcome: Finished | RequestFailed | None = None
         self._emit = emit
-        self._detokenizer = Detokenizer(tokenizer, self.tokens)
+        self._detokenizer = Detokenizer(tokenizer, self.tokens, params.skip_special_tokens)
         self._stop_strings = StopStrings(params.stop)
         self._stop_tokens = frozenset(params.stop_token_ids)
         self._end_tokens = frozenset() if params.ignore_eos else end_tokens

@@ -14,9 +14,9 @@ MAX_INCOMPLETE_TOKENS = 8
 class Detokenizer:
     """Text of tokens that arrive one by one. Incomplete characters wait for their last byte."""
 
-    def __init__(self, tokenizer: Any, before: list[int]) -> None:
+    def __init__(self, tokenizer: Any, before: list[int], skip_special_tokens: bool = True) -> None:
         """`before`: the tokens in front (some tokenizers decode by context); the last few are enough."""
-        self._tokenizer = tokenizer
+        self._tokenizer, self._skips = tokenizer, skip_special_tokens
         self._tokens = list(before[-5:])
         self._start, self._read = 0, len(self._tokens)
 
@@ -41,7 +41,7 @@ class Detokenizer:
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokens, skip_special_tokens=self._skips, clean_up_tokenization_spaces=False
         )
         return text
 
