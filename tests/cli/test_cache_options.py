@@ -118,7 +118,7 @@ def test_wrong_use_is_one_line_before_anything_is_loaded(tqai_command, arguments
 
 
 def test_study_flags_change_the_answer_and_leave_no_trace(tqai_command, tiny_model):
-    base = ("run", PROMPT, "-m", tiny_model, "--max-tokens", "12", "--json")
+    base = ("run", PROMPT, "-m", tiny_model, "--max-tokens", "12", "--json", "--bits-k", "4")
     plain = tqai_command(*base).json
     coarse = tqai_command(*base, "--compress-hidden", "--bits-hidden", "1").json
     assert coarse["token_ids"] != plain["token_ids"]
@@ -130,6 +130,7 @@ def test_qjl_holds_the_bytes_of_its_signs(tqai_command, tiny_model, tmp_path):
     file = tmp_path / "long.txt"
     file.write_text("The secret code for Belmor Tazin is 482913. " * 20, "utf-8")
     base = ("run", PROMPT, "-m", tiny_model, "--max-tokens", "2", "--json", "--file", str(file))
+    base += ("--config", "K4/V2")
     plain = tqai_command(*base).json["cache"]["details"]
     sketched = tqai_command(*base, "--use-qjl", "--qjl-sketch-size", "32").json["cache"]["details"]
     assert sketched["codes_bytes"] > plain["codes_bytes"]
@@ -174,8 +175,10 @@ def test_options_of_the_newer_codecs(made, command):
 
 def test_the_default_of_commands(made, monkeypatch):
     monkeypatch.setattr(tqai.config, "DEFAULT_PRESET", "balanced")
+    monkeypatch.setattr("tqai.integrations.transformers.default.SLOW_ENCODERS", ())  # wherever this runs
     assert made("run") == CacheConfig.preset("balanced")
-    assert made("run", "--backend", "torch") == CacheConfig.preset("balanced", backend="torch")
+    monkeypatch.setattr("tqai.integrations.transformers.default.SLOW_ENCODERS", ("torch",))
+    assert made("run", "--backend", "torch") == CacheConfig.preset("K4/V2", backend="torch")
     assert made("run", "--bits-k", "4") == CacheConfig()
 
 

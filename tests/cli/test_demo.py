@@ -2,7 +2,7 @@
 
 import pytest
 
-FAST = ("--tokens", "700", "--facts", "2", "--max-tokens", "4")
+FAST = ("--tokens", "700", "--facts", "2", "--max-tokens", "4", "--bits-k", "4")
 
 
 def test_json_has_both_sides_and_every_question(tqai_command, tiny_model):
@@ -32,7 +32,7 @@ def test_figures_are_of_the_document_and_not_of_the_answers(tqai_command, tiny_m
 
 
 def test_tables(tqai_command, tiny_model):
-    result = tqai_command("demo", "-m", tiny_model, *FAST, "--config", "K4/V4")
+    result = tqai_command("demo", "-m", tiny_model, *FAST[:-2], "--config", "K4/V4")
     assert result.status == 0, result.err
     for words in ("uncompressed", "K4/V4", "bytes held", "right answers", "0 of 2", "decoded tokens"):
         assert words in result.out or "first token that differs" in result.out
@@ -77,6 +77,7 @@ def test_embedded_model_answers_with_either_cache(tqai_command):
     assert result.json["model"] == "embedded model"
     assert result.json["uncompressed"]["right"] == 3
     assert result.json["compressed"]["right"] == 3
-    assert result.json["compressed"]["cache"]["bits_per_value"] < 6
+    # 160 to 223 of the 1,000 tokens may be exact, in float32
+    assert result.json["compressed"]["cache"]["bits_per_value"] < 3.4 + 0.223 * 32
     for question in result.json["questions"]:
         assert question["compressed"]["text"].strip().startswith(question["code"])

@@ -52,7 +52,7 @@ def test_tables_plot_and_the_warning_of_one_pass(tiny_model, tqai_command, tmp_p
     plot = tmp_path / "kl.svg"
     done = tqai_command(
         *("eval", "--model", tiny_model, "--documents", "1", "--document-tokens", "160"),
-        *("--prefill", "0", "--chunk", "160", "--seeds", "1", "--plot", str(plot)),
+        *("--prefill", "0", "--chunk", "160", "--seeds", "1", "--plot", str(plot), "--cache", "K4/V2"),
     )
     assert done.status == 0
     assert "K4/V2" in done.out and "read 0% of their history" in " ".join(done.out.split())

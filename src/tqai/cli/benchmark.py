@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tqai.cli.cache_options import refused_by_mlx
 from tqai.cli.mlx_model import NEEDS_MLX
 from tqai.cli.models import WRONG_USAGE, find_device
 from tqai.cli.options import BackendOption, BitsK, BitsV, ConfigOption, DeviceOption, JsonOption, cache_config
@@ -43,7 +44,8 @@ def benchmark(
         raise CommandError("--all-configs: leave --config, --bits-k and --bits-v out", WRONG_USAGE)
     names = list(PRESETS) if all_configs else [config]
     # one layer is measured, which is not the last
-    configs = [cache_config(name, **chosen).with_changes(last_layer_bits=None) for name in names]
+    refuses = refused_by_mlx if backend == "mlx" else None
+    configs = [cache_config(name, refuses, **chosen).with_changes(last_layer_bits=None) for name in names]
     if not 1 <= head_dim <= LARGEST_HEAD_DIM:
         raise CommandError(
             f"--head-dim {head_dim}: allowed are whole numbers from 1 to {LARGEST_HEAD_DIM}", WRONG_USAGE

@@ -8,10 +8,10 @@ On the command line `cache` becomes the options below; the command gets them as 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial, wraps
 from importlib.util import find_spec
 from typing import Annotated, Any, get_type_hints
 
@@ -36,7 +36,7 @@ from tqai.cli.options import (
 from tqai.cli.report import CommandError
 from tqai.config import CacheConfig
 
-__all__ = ["NO_OPTIONS", "CacheOptions", "with_cache_options"]
+__all__ = ["NO_OPTIONS", "CacheOptions", "refused_by_mlx", "with_cache_options"]
 
 _STUDY = "Activations (a study of sensitivity: saves no memory)"
 _BITS = "Bits, 1 to 8."
@@ -111,8 +111,8 @@ class CacheOptions:
         """The model to load: `--model`, else the folder of `--tqai-config`, else None."""
         return model if model is not None else self.tqai_config
 
-    def settings(self) -> CacheConfig:
-        """The configuration, without what `--tqai-config` holds.
+    def settings(self, model: Any = None) -> CacheConfig:
+        """The configuration, without what `--tqai-config` holds; the default is one that `model` is served.
 
         Raises:
             ConfigError: no such preset, or a setting is out of range.
@@ -120,7 +120,12 @@ class CacheOptions:
         """
         if self.config is not None and self.tqai_config is not None:
             raise CommandError("--config and --tqai-config: allowed is one of the two", WRONG_USAGE)
-        return cache_config(self.config, _refused_by_mlx if self.backend == "mlx" else None, **self._given())
+        refuses: Callable[[CacheConfig], str | None] | None = None
+        if self.backend == "mlx":
+            refuses = refused_by_mlx
+        elif model is not None:
+            refuses = partial(_refused_with, model=model)
+        return cache_config(self.config, refuses, **self._given())
 
     def settings_for(self, model: Any) -> CacheConfig:
         """The configuration for a loaded model; what is given beside `--tqai-config` goes before it.
@@ -129,7 +134,7 @@ class CacheOptions:
             ConfigError: as `settings`, or the folder is no converted model's.
             ModelMismatchError: the model is not the converted one.
         """
-        own = self.settings()
+        own = self.settings(model)
         if self.tqai_config is None:
             return own
         from tqai.integrations.transformers.converted import converted_settings
@@ -153,12 +158,19 @@ class CacheOptions:
         return given
 
 
-def _refused_by_mlx(config: CacheConfig) -> str | None:
+def refused_by_mlx(config: CacheConfig) -> str | None:
+    """Why mlx-lm's caches do not serve a configuration, or None."""
     if find_spec("mlx_lm") is None:
         return None  # the command itself says so
     from tqai.integrations.mlx_lm.settings import refuses
 
     return refuses(config)
+
+
+def _refused_with(config: CacheConfig, model: Any) -> str | None:
+    from tqai.integrations.transformers.default import why_not_default
+
+    return why_not_default(config, model)
 
 
 NO_OPTIONS = CacheOptions()
@@ -187,7 +199,7 @@ def with_cache_options(command: Callable[..., None]) -> Callable[..., None]:
     keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in after]
     parameters = [*before, *options, *keyword_only]
 
-    @functools.wraps(command)
+    @wraps(command)
     def flattened(*args: Any, **kwargs: Any) -> None:
         cache = CacheOptions(**{option.name: kwargs.pop(option.name) for option in options})
         command(*args, cache=cache, **kwargs)
