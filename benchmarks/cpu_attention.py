@@ -1,6 +1,6 @@
 """How fast is decode attention on packed codes on this CPU?
 
-    python benchmarks/cpu_attention.py [--quick] [--plot docs/images/cpu_attention.svg]
+    python benchmarks/cpu_attention.py [--lengths 4096 32768] [--plot docs/images/cpu_attention.svg]
 
 One layer, batch 1, 8 KV heads, 32 query heads, head_dim 128, one new token. Every path attends to the
 same tokens; a path is timed only after its result agrees with float64 attention to what it stores. The
@@ -317,9 +317,10 @@ def plot(result, path):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="4k and 32k tokens only")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
     parser.add_argument("--budget", type=float, default=8.0, help="seconds per length")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_attention.json")
+    parser.add_argument("--commit", help="what is measured, where there is no git history")
     parser.add_argument("--plot", type=Path, help="draw an SVG of time over tokens there")
     parser.add_argument("--from-results", action="store_true", help="draw from --out, measure nothing")
     options = parser.parse_args()
@@ -334,7 +335,7 @@ def main() -> None:
         "question": __doc__.splitlines()[0],
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "instruction_set": chosen},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-        "commit": commit(),
+        "commit": options.commit or commit(),
         "shape": {
             "batch": 1,
             "kv_heads": KV_HEADS,
@@ -348,7 +349,7 @@ def main() -> None:
         "lengths": {},
         "ggml_elsewhere_over_here": {},
     }
-    for tokens in (4096, 32768) if options.quick else LENGTHS:
+    for tokens in options.lengths:
         times = at_length(backend, isas, PAIRS, tokens, options.budget)
         result["lengths"][tokens] = times
         if tokens in (4096, 32768, 131072):

@@ -19,7 +19,7 @@
 #include "layout.h"
 #include "spread.h"
 
-#define TASKS_PER_THREAD 4
+#define TASKS_PER_THREAD 64
 
 static void exact_part(const job *j, const place *at) {
     const tqai_attend_args *a = j->args;
@@ -63,7 +63,7 @@ static void merge(const job *j, const place *at) {
     const int dim = value->head_dim;
     const size_t first = at->first_row - (size_t)at->part * (size_t)j->rows, rows = (size_t)j->rows;
     const float limit = a->query_dtype == TQAI_FLOAT16 ? 65504.0f : a->query_dtype == TQAI_BFLOAT16 ? 0x1.fep127f : FLT_MAX;
-    float x[16 * TQAI_MAX_HEAD_DIM], row[TQAI_MAX_HEAD_DIM];
+    _Alignas(64) float x[16 * TQAI_MAX_HEAD_DIM], row[TQAI_MAX_HEAD_DIM];
     const int lanes = j->rows <= 4 ? 4 : 16;
     for (int start = 0; start < j->rows; start += lanes) {
         const int count = j->rows - start < lanes ? j->rows - start : lanes;
@@ -74,15 +74,16 @@ static void merge(const job *j, const place *at) {
             largest[l] = -INFINITY;
             total[l] = 0.0f;
             for (int p = 0; p < j->parts; p++) largest[l] = fmaxf(largest[l], j->state[r + (size_t)p * rows].max);
+            memset(row, 0, sizeof(float) * (size_t)dim);
             for (int p = 0; p < j->parts; p++) {
                 const row_state *s = &j->state[r + (size_t)p * rows];
                 const float *acc = j->acc + (r + (size_t)p * rows) * (size_t)dim;
                 const float weight = s->max == -INFINITY ? 0.0f : expf(s->max - largest[l]);
                 total[l] += s->max == -INFINITY ? s->sum : s->sum * weight; /* 0 or NaN where nothing was seen */
                 if (p == j->history_parts) exact_weight[l] = weight;
-                else if (weight != 0.0f)
-                    for (int d = 0; d < dim; d++) x[lanes * d + l] += weight * acc[d];
+                else if (weight != 0.0f) j->kernels->add_row(acc, weight, dim, row);
             }
+            for (int d = 0; d < dim; d++) x[lanes * d + l] = row[d];
         }
         j->kernels->rotate(value, x, lanes, 1);
         for (int l = 0; l < count; l++) {
@@ -117,6 +118,7 @@ static void history_task(const job *j, int task) {
         const place at = tqai_place_of(j, batch, head, part);
         clear(j, &at);
     }
+    tqai_rotate_ahead(j, batch, first, last, (last - first) * part / j->history_parts);
     tqai_history_part(j, batch, first, last, part);
     for (int head = first; head < last; head++)
         atomic_fetch_add_explicit(&j->finished[batch * heads + head], 1, memory_order_release);
@@ -165,7 +167,7 @@ static int32_t check(const tqai_attend_args *a) {
     return TQAI_OK;
 }
 
-/* Parts of the history, and groups of heads: enough tasks to keep the threads busy to the end, and no more
+/* Parts of the history, and groups of heads: tasks so small that threads end together, of some 10 us, and no more
  * heads apart than that takes, as all heads of a page lie side by side. */
 static void divide(job *j, int threads) {
     const tqai_attend_args *a = j->args;

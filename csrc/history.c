@@ -9,7 +9,6 @@
  * so that what comes from memory comes as one stream, which is twice as fast as by heads.
  */
 #include "job.h"
-#include "scales.h"
 
 typedef struct {
     const uint8_t *page[BLOCK_PAGES]; /* of the first head of the task */
@@ -37,8 +36,8 @@ static void head_block(const job *j, const place *at, const uint8_t *const *page
     for (int p = 0; p < pages; p++) {
         values[p] = page[p] + f->value_codes_at;
         next_values[p] = next[p] + f->value_codes_at;
-        tqai_scales(f, page[p], 0, 1.0f, key_scale + TQAI_PAGE_TOKENS * p);
-        tqai_scales(f, page[p], 1, VALUE_DOWN, value_scale + TQAI_PAGE_TOKENS * p);
+        j->kernels->scales(f, page[p], 0, 1.0f, key_scale + TQAI_PAGE_TOKENS * p);
+        j->kernels->scales(f, page[p], 1, VALUE_DOWN, value_scale + TQAI_PAGE_TOKENS * p);
         __builtin_prefetch(next[p] + f->key_scales_at, 0, 2);
         __builtin_prefetch(next[p] + f->key_scales_at + 64, 0, 2);
         __builtin_prefetch(next[p] + f->value_scales_at, 0, 2);

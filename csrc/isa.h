@@ -68,6 +68,10 @@ typedef struct {
                         int64_t key_stride, int key_dtype, const void *values, int64_t value_stride,
                         int value_dtype, const block_mask *mask, float softcap, int tokens,
                         row_state *state, float *acc);
+    /* to[t] = scale of token t of a side of a page times `by`. */
+    void (*scales)(const tqai_page_format *f, const uint8_t *page, int is_value, float by, float *to);
+    /* to[i] += weight * from[i] */
+    void (*add_row)(const float *from, float weight, int n, float *to);
     /* y = R x (inverse: x = R^T y) in place, of 4 or 16 rows at once: x [head_dim][lanes]. */
     void (*rotate)(const tqai_codec *codec, float *x, int lanes, int inverse);
     /* rows [n][dim] of dtype to float and back. */

@@ -37,6 +37,9 @@ place tqai_place_of(const job *j, int batch, int head, int part);
 /* Query row `row` of a pair, scaled, as floats. */
 void tqai_load_query(const job *j, const place *at, int row, float *to);
 
+/* Rotate those queries of some heads that nobody is at, from the start'th on: threads begin at different heads. */
+void tqai_rotate_ahead(const job *j, int batch, int first_head, int last_head, int start);
+
 /* See to it that q and factor of the pair are there. */
 void tqai_rotate_queries(const job *j, const place *at);
 

@@ -65,7 +65,7 @@ static void decode_task(void *context, int task) {
             void *out = is_value ? j->out_values : j->out_keys;
             float scales[TQAI_PAGE_TOKENS];
             if (!out) continue;
-            tqai_scales(f, page, is_value, 1.0f, scales);
+            j->kernels->scales(f, page, is_value, 1.0f, scales);
             decode_side(j->kernels, codec, is_value, page + (is_value ? f->value_codes_at : 0), scales, j->dtype,
                         (char *)out + i * size * codec->head_dim);
         }

@@ -65,6 +65,16 @@ static void rotate(const job *j, const place *at) {
     }
 }
 
+void tqai_rotate_ahead(const job *j, int batch, int first_head, int last_head, int start) {
+    for (int i = 0; i < last_head - first_head; i++) {
+        const place at = tqai_place_of(j, batch, first_head + (i + start) % (last_head - first_head), 0);
+        int none = 0;
+        if (!atomic_compare_exchange_strong(&j->rotated[at.pair], &none, 1)) continue;
+        rotate(j, &at);
+        atomic_store_explicit(&j->rotated[at.pair], 2, memory_order_release);
+    }
+}
+
 void tqai_rotate_queries(const job *j, const place *at) {
     atomic_int *state = &j->rotated[at->pair];
     if (atomic_load_explicit(state, memory_order_acquire) == 2) return;

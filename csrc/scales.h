@@ -14,18 +14,24 @@
 /* Where the base of a side's bytes lies in a page. */
 static inline int64_t tqai_base_at(const tqai_page_format *f, int is_value) { return f->bases_at + 2 * is_value; }
 
-/* to[t] = scale of token t times `by`. */
-static inline void tqai_scales(const tqai_page_format *f, const uint8_t *page, int is_value, float by, float *restrict to) {
+/* to[t] = scale of token t times `by`, of one byte each. */
+static __attribute__((noinline)) void tqai_scales_of_bytes(const tqai_page_format *f, const uint8_t *page, int is_value,
+                                                           float by, float *restrict to) {
     const uint8_t *restrict from = page + (is_value ? f->value_scales_at : f->key_scales_at);
-    if (!f->bases_at) {
-        const uint16_t *restrict scale = (const uint16_t *)from;
-        for (int t = 0; t < TQAI_PAGE_TOKENS; t++) to[t] = bits_to_float((uint32_t)scale[t] << 16) * by;
-        return;
-    }
     uint16_t bits;
     memcpy(&bits, page + tqai_base_at(f, is_value), sizeof bits);
     const float base = bits_to_float((uint32_t)bits << 16);
     for (int t = 0; t < TQAI_PAGE_TOKENS; t++) to[t] = f->scale_levels[from[t]] * base * by;
+}
+
+/* to[t] = scale of token t times `by`. */
+static inline void tqai_scales(const tqai_page_format *f, const uint8_t *page, int is_value, float by, float *restrict to) {
+    if (f->bases_at) {
+        tqai_scales_of_bytes(f, page, is_value, by, to);
+        return;
+    }
+    const uint16_t *restrict scale = (const uint16_t *)(page + (is_value ? f->value_scales_at : f->key_scales_at));
+    for (int t = 0; t < TQAI_PAGE_TOKENS; t++) to[t] = bits_to_float((uint32_t)scale[t] << 16) * by;
 }
 
 /* Writes the bfloat16 scales of a side into a page. */

@@ -14,6 +14,15 @@ static inline vf exp2_below(vf x) {
     p = v_fma(p, f, v_set(1.0f));
     return v_zero_below(v_times_power(p, whole), x, limit);
 }
+
+/* The same to 1e-4, for weights that become whole numbers. */
+static inline vf exp2_of_weight(vf x) {
+    const vf limit = v_set(-126.0f), clamped = v_max_or_nan(limit, x), whole = v_whole(clamped);
+    const vf f = v_sub(clamped, v_from_whole(whole));
+    vf p = v_fma(v_set(5.50089329e-2f), f, v_set(2.42210969e-1f));
+    p = v_fma(p, f, v_set(6.93282902e-1f));
+    return v_zero_below(v_times_power(v_fma(p, f, v_set(1.0f)), whole), x, limit);
+}
 #endif
 
 /* e^x for x <= 0, likewise, to 2e-7 * (1 + |x|) relative. */
@@ -75,34 +84,35 @@ static inline void no_weights(int16_t *w, int tokens, int is_nan, int value_dim,
         for (int d = 0; d < value_dim; d++) acc[d] = NAN;
 }
 
-/* One row of softmax_block (isa.h): logit is scratch. It holds logits divided by `by` where no softcap
- * needs them, as the exponential's argument is a fused multiply-add anyway. */
-static inline void softmax_row(const int32_t *dot, float by, const float *key_scale, const float *value_scale,
-                               const tqai_codec *value, const block_mask *mask, int r, float softcap, int tokens,
-                               row_state *state, float *restrict acc, int16_t *w, float *step, float *logit) {
-    *step = 0.0f;
-    vf most = v_set(-INFINITY), sum = v_set(0.0f), total = sum, largest = sum;
-    for (int t = 0; t < tokens; t += VL) {
-        const vf x = v_mul(v_from_int(dot + t), v_load(key_scale + t));
-        most = v_max(most, x);
-        v_store(logit + t, x);
+/* A row on its way from dots to weights. logit holds logits divided by `by` where no softcap needs them, as the
+ * exponential's argument is a fused multiply-add anyway. */
+typedef struct {
+    float *logit;       /* [tokens]: then weights, too */
+    float by, largest;  /* largest of the logits that are numbers; -inf where there is none */
+} row;
+
+/* softcap, mask, and a factor that is no positive number; what is seen has the same bits as without a mask */
+static void hide_and_cap(row *a, const block_mask *mask, int r, float softcap, int tokens) {
+    if (softcap > 0.0f || !(a->by > 0.0f)) {
+        for (int t = 0; t < tokens; t += VL) v_store(a->logit + t, v_mul(v_load(a->logit + t), v_set(a->by)));
+        a->by = 1.0f;
+        if (softcap > 0.0f) soft_cap(a->logit, tokens, softcap);
     }
-    float block = v_largest(most) * by;
-    if (softcap > 0.0f || !(by > 0.0f)) {
-        for (int t = 0; t < tokens; t += VL) v_store(logit + t, v_mul(v_load(logit + t), v_set(by)));
-        by = 1.0f;
-        if (softcap > 0.0f) soft_cap(logit, tokens, softcap);
-        block = largest_logit(logit, tokens);
-    }
-    if (mask) { /* what is seen has the same bits as without a mask */
-        hide(mask, r, tokens, logit);
-        block = largest_logit(logit, tokens) * by;
-    }
-    if (!move_maximum(logit, tokens, block, value->head_dim, state, acc)) {
-        no_weights(w, tokens, 0, value->head_dim, acc);
-        return;
-    }
-    float from = state->max;
+    if (mask) hide(mask, r, tokens, a->logit);
+    a->largest = largest_logit(a->logit, tokens) * a->by;
+}
+
+/* Scales of what is in sight: those of hidden tokens may be NaN. */
+static const float *scales_in_sight(const float *logit, const float *scale, int tokens, float *to) {
+    for (int t = 0; t < tokens; t++) to[t] = logit[t] == -INFINITY ? 0.0f : scale[t];
+    return to;
+}
+
+/* exp(logit - maximum) times the value scale, in place; adds up the former in the state. `all`: sum of the absolute
+ * weights, `most`: the largest. */
+static inline void weigh(const row *a, const float *value_scale, int tokens, row_state *state, float *all, float *most) {
+    float *logit = a->logit, by = a->by, from = state->max;
+    vf sum = v_set(0.0f), total = sum, largest = sum;
     if (!(fabsf(from) < 1000.0f)) { /* there the rounding of a product would show: subtract first */
         for (int t = 0; t < tokens; t += VL) v_store(logit + t, v_sub(v_mul(v_load(logit + t), v_set(by)), v_set(from)));
         by = 1.0f;
@@ -110,36 +120,63 @@ static inline void softmax_row(const int32_t *dot, float by, const float *key_sc
     }
     const vf slope = v_set(by * LOG2_E), shift = v_set(-from * LOG2_E);
     for (int t = 0; t < tokens; t += VL) {
-        const vf p = exp2_below(v_fma(v_load(logit + t), slope, shift));
-        const vf x = v_mul_or_zero(p, v_load(value_scale + t)); /* a hidden scale may be NaN */
-        const vf magnitude = v_abs(x);
+        const vf p = exp2_of_weight(v_fma(v_load(logit + t), slope, shift));
+        const vf x = v_mul(p, v_load(value_scale + t)), magnitude = v_abs(x);
         sum = v_add(sum, p);
         total = v_add(total, magnitude);
         largest = v_max(largest, magnitude);
         v_store(logit + t, x);
     }
     state->sum += v_sum(sum);
-    const float all = v_sum(total), one = v_largest(largest);
-    if (!(all < INFINITY) || one < 0x1p-126f) { /* NaN, which no integer can say, or not a normal float */
-        no_weights(w, tokens, !(all < INFINITY), value->head_dim, acc);
-        return;
-    }
-    const float lift = one < 0x1p-60f ? 0x1p60f : 1.0f; /* lest 32767 / one overflow */
-    const int bytes = of_bytes(value);
-    const float a = (bytes ? WEIGHT_OF_BYTES : 32767.0f) / (one * lift), b = value->largest_sum / (all * lift);
-    const float up = bytes || a < b ? a : b;
-    *step = (bytes ? value->byte_step : value->level_step) / up / lift;
-    if (lift != 1.0f)
-        for (int t = 0; t < tokens; t += VL) v_store(logit + t, v_mul(v_load(logit + t), v_set(lift)));
-    for (int t = 0; t < tokens; t += 2 * VL)
-        v_store_int16(w + t, v_load(logit + t), v_load(logit + t + VL), up);
+    *all = v_sum(total);
+    *most = v_largest(largest);
 }
 
+/* Weights to whole numbers; returns their step. */
+static inline float whole_weights(const float *weight, float all, float most, const tqai_codec *value, int tokens, int16_t *w) {
+    const float lift = most < 0x1p-60f ? 0x1p60f : 1.0f; /* lest 32767 / most overflow */
+    const int bytes = of_bytes(value);
+    const float a = (bytes ? WEIGHT_OF_BYTES : 32767.0f) / (most * lift), b = value->largest_sum / (all * lift);
+    const float up = bytes || a < b ? a : b;
+    if (lift != 1.0f) {
+        for (int t = 0; t < tokens; t += 2 * VL)
+            v_store_int16(w + t, v_mul(v_load(weight + t), v_set(lift)), v_mul(v_load(weight + t + VL), v_set(lift)), up);
+    } else {
+        for (int t = 0; t < tokens; t += 2 * VL) v_store_int16(w + t, v_load(weight + t), v_load(weight + t + VL), up);
+    }
+    return (bytes ? value->byte_step : value->level_step) / up / lift;
+}
+
+/* Step by step for all rows, so that a row's sums across lanes pass while the next row is at work. */
 static void softmax_block(const int32_t *dots, const float *factor, const float *key_scale,
                           const float *value_scale, const tqai_codec *value, const block_mask *mask, float softcap,
                           int tokens, int rows, row_state *state, float *acc, int16_t *w, float *step) {
-    _Alignas(64) float logit[BLOCK_TOKENS];
-    for (int r = 0; r < rows; r++)
-        softmax_row(dots + r * BLOCK_TOKENS, factor[r], key_scale, value_scale, value, mask, r, softcap, tokens,
-                    state + r, acc + r * value->head_dim, w + r * BLOCK_TOKENS, step + r, logit);
+    _Alignas(64) float logit[MAX_ROWS * BLOCK_TOKENS];
+    row row_of[MAX_ROWS];
+    float all[MAX_ROWS] = {0}, most[MAX_ROWS] = {0};
+    for (int r = 0; r < rows; r++) {
+        row *a = row_of + r;
+        *a = (row){logit + r * BLOCK_TOKENS, factor[r], 0.0f};
+        vf largest = v_set(-INFINITY);
+        for (int t = 0; t < tokens; t += VL) {
+            const vf x = v_mul(v_from_int(dots + r * BLOCK_TOKENS + t), v_load(key_scale + t));
+            largest = v_max(largest, x);
+            v_store(a->logit + t, x);
+        }
+        a->largest = v_largest(largest) * a->by;
+    }
+    for (int r = 0; r < rows; r++) {
+        row *a = row_of + r;
+        if (mask || softcap > 0.0f || !(a->by > 0.0f)) hide_and_cap(a, mask, r, softcap, tokens);
+        if (!move_maximum(a->logit, tokens, a->largest, value->head_dim, state + r, acc + r * value->head_dim)) continue;
+        float in_sight[BLOCK_TOKENS];
+        weigh(a, mask ? scales_in_sight(a->logit, value_scale, tokens, in_sight) : value_scale, tokens, state + r, all + r, most + r);
+    }
+    for (int r = 0; r < rows; r++) {
+        step[r] = 0.0f;
+        /* NaN, which no integer can say, or not a normal float */
+        if (!(all[r] < INFINITY) || most[r] < 0x1p-126f)
+            no_weights(w + r * BLOCK_TOKENS, tokens, !(all[r] < INFINITY), value->head_dim, acc + r * value->head_dim);
+        else step[r] = whole_weights(row_of[r].logit, all[r], most[r], value, tokens, w + r * BLOCK_TOKENS);
+    }
 }

@@ -18,15 +18,11 @@ static inline vf v_abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a)
 static inline vf v_max_or_nan(vf a, vf b) { return _mm256_max_ps(a, b); }
 static inline vf v_max(vf a, vf b) { return _mm256_max_ps(b, a); }
 static inline vf v_zero_below(vf x, vf y, vf limit) { return _mm256_and_ps(_mm256_cmp_ps(y, limit, _CMP_NLT_UQ), x); }
-static inline vf v_mul_or_zero(vf x, vf y) {
-    return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ), _mm256_mul_ps(x, y));
-}
 /* n + 1.5 * 2^23: adding that number rounds, and leaves n in the low bits */
 static inline vf v_whole(vf x) { return _mm256_add_ps(x, _mm256_set1_ps(12582912.0f)); }
 static inline vf v_from_whole(vf n) { return _mm256_sub_ps(n, _mm256_set1_ps(12582912.0f)); }
 static inline vf v_times_power(vf x, vf n) {
-    const __m256i exponent = _mm256_add_epi32(_mm256_castps_si256(n), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
 }
 static inline float v_sum(vf a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

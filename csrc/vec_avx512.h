@@ -17,9 +17,6 @@ static inline vf v_abs(vf a) { return _mm512_abs_ps(a); }
 /* the instruction gives its second operand where one is NaN */
 static inline vf v_max_or_nan(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf v_max(vf a, vf b) { return _mm512_max_ps(b, a); }
-static inline vf v_mul_or_zero(vf x, vf y) {
-    return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), x, y);
-}
 /* 2^x for x <= 0 to 2e-7 relative; 0 for -inf; NaN for NaN. x less its floor is 0 for -inf. */
 #define EXP2_BELOW
 static inline vf exp2_below(vf x) {
@@ -29,6 +26,13 @@ static inline vf exp2_below(vf x) {
     p = v_fma(p, f, v_set(2.40159273e-1f));
     p = v_fma(p, f, v_set(6.93151712e-1f));
     return _mm512_scalef_ps(v_fma(p, f, v_set(1.0f)), x); /* scalef takes the floor itself */
+}
+/* The same to 9e-5. */
+static inline vf exp2_of_weight(vf x) {
+    const vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    vf p = v_fma(v_set(7.70670548e-2f), f, v_set(2.2764498e-1f));
+    p = v_fma(p, f, v_set(6.95116818e-1f));
+    return _mm512_scalef_ps(v_fma(p, f, v_set(1.0f)), x);
 }
 static inline float v_sum(vf a) { return _mm512_reduce_add_ps(a); }
 static inline float v_largest(vf a) { return _mm512_reduce_max_ps(a); }

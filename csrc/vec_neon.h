@@ -17,9 +17,6 @@ static inline vf v_max(vf a, vf b) { return vbslq_f32(vcgtq_f32(b, a), b, a); }
 static inline vf v_zero_below(vf x, vf y, vf limit) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x), vcltq_f32(y, limit)));
 }
-static inline vf v_mul_or_zero(vf x, vf y) {
-    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(vmulq_f32(x, y)), vceqq_f32(x, vdupq_n_f32(0.0f))));
-}
 static inline vf v_whole(vf x) { return vrndnq_f32(x); }
 static inline vf v_from_whole(vf n) { return n; }
 static inline vf v_times_power(vf x, vf n) {

@@ -1,7 +1,7 @@
 /* vec_scalar.h: the vector operations of softmax.inc.h, one lane at a time; their meaning is defined here.
  *
  * max_or_nan(a, b)          b if b > a or b is NaN, else a
- * zero_below(x, y, limit)   0 where y < limit, else x;      mul_or_zero(x, y)   0 where x == 0 whatever y, else x * y
+ * zero_below(x, y, limit)   0 where y < limit, else x
  * whole(x)                  the nearest whole number n to x, |x| <= 126, in whatever form suits the next two
  * from_whole(n)             n as a float;       times_power(x, n)   x * 2^n
  * copysign(a, sign)         a, which is not negative, with the sign of `sign`
@@ -23,7 +23,6 @@ static inline vf v_abs(vf a) { return fabsf(a); }
 static inline vf v_max_or_nan(vf a, vf b) { return b > a || b != b ? b : a; }
 static inline vf v_max(vf a, vf b) { return b > a ? b : a; }
 static inline vf v_zero_below(vf x, vf y, vf limit) { return y < limit ? 0.0f : x; }
-static inline vf v_mul_or_zero(vf x, vf y) { return x == 0.0f ? 0.0f : x * y; }
 /* n + 1.5 * 2^23: adding that number rounds, and leaves n in the low bits */
 static inline vf v_whole(vf x) { return x + 12582912.0f; }
 static inline vf v_from_whole(vf n) { return n - 12582912.0f; }
