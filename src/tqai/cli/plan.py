@@ -12,7 +12,7 @@ from tqai.cli.models import WRONG_USAGE
 from tqai.cli.options import JsonOption
 from tqai.cli.report import CommandError, console, format_bytes, print_json
 from tqai.cli.serve import parse_bytes
-from tqai.config import PRESETS, CacheConfig
+from tqai.config import NAMED_PRESETS, PRESETS
 
 __all__ = ["plan"]
 
@@ -33,7 +33,7 @@ def plan(
     memory: Annotated[str, typer.Option(help="Memory of all devices together, such as 80GiB.")] = "80GiB",
     context: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 32768,
     config: Annotated[
-        str, typer.Option("--config", help=f"bfloat16 or a preset: {', '.join(PRESETS)}.")
+        str, typer.Option("--config", help=f"bfloat16 or a preset: {', '.join((*PRESETS, *NAMED_PRESETS))}.")
     ] = "K4/V2",
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of one machine; 0: CPU.")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
@@ -44,9 +44,9 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Say what fits into a memory at each preset, and how this or another engine is started for it."""
-    from tqai.server.planning import cache_layers, commands, held, weight_bytes
+    from tqai.server.planning import CACHES, cache_layers, cache_named, commands, held, weight_bytes
 
-    wanted = "bfloat16" if config.lower() in ("bfloat16", "bf16") else CacheConfig.preset(config).label
+    wanted, _ = cache_named(config)
     room = parse_bytes(memory, "--memory")
     name, found = _config_of(model)
     layers = cache_layers(found)
@@ -68,8 +68,7 @@ def plan(
                     {
                         **asdict(layer),
                         "bytes_per_token": {
-                            "bfloat16": layer.bytes_per_token(None),
-                            **{p: layer.bytes_per_token(CacheConfig.preset(p)) for p in PRESETS},
+                            name: layer.bytes_per_token(cache) for name, cache in map(cache_named, CACHES)
                         },
                     }
                     for layer in layers
@@ -96,6 +95,8 @@ def _print(
 ) -> None:
     from rich.table import Table
 
+    from tqai.server.planning import cache_named
+
     screen = console()
     for_cache = f"{format_bytes(max(free, 0))} for the cache in {format_bytes(room)}"
     print(f"{name}: {format_bytes(weights_bytes)} of weights, {for_cache}")
@@ -107,7 +108,7 @@ def _print(
         "bfloat16, bytes per token",
         f"{wanted}, bytes per token",
     )
-    cache = None if wanted == "bfloat16" else CacheConfig.preset(wanted)
+    cache = cache_named(wanted)[1]
     for layer in layers:
         kinds.add_row(
             str(layer.count),

@@ -6,18 +6,41 @@ Read off the model's config alone; weights are counted on torch's meta device, w
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqai.cache.layer import page_format_for
-from tqai.config import PRESETS, CacheConfig
+from tqai.config import NAMED_PRESETS, PRESETS, CacheConfig
 from tqai.core.page import PAGE_TOKENS
-from tqai.errors import UnsupportedError
+from tqai.errors import ConfigError, UnsupportedError
+from tqai.server.engine.settings import refuses
 
-__all__ = ["CacheLayers", "Held", "cache_layers", "commands", "held", "weight_bytes"]
+__all__ = ["CACHES", "CacheLayers", "Held", "cache_layers", "cache_named", "commands", "held", "weight_bytes"]
 
 BFLOAT16_BYTES = 2
 FULL, SLIDING = "full_attention", "sliding_attention"
+UNCOMPRESSED = "bfloat16"
+CACHES = (UNCOMPRESSED, *PRESETS, *NAMED_PRESETS)
+OFFSET_BYTES = 3 * 4
+"""Per element of a head: offsets of keys and of values, and factors of keys, in float32."""
+
+
+def cache_named(name: str) -> tuple[str, CacheConfig | None]:
+    """One of `CACHES` as it is spelt there, and its configuration (None: uncompressed).
+
+    Raises:
+        ConfigError: there is no such cache.
+    """
+    if name.lower() in (UNCOMPRESSED, "bf16"):
+        return UNCOMPRESSED, None
+    try:
+        asked = CacheConfig.preset(name)
+    except ConfigError:
+        asked = None
+    for known in CACHES[1:]:
+        if CacheConfig.preset(known) == asked:
+            return known, asked
+    raise ConfigError(f"config={name!r}: allowed are {', '.join(CACHES)}")
 
 
 @dataclass(frozen=True)
@@ -29,6 +52,7 @@ class CacheLayers:
         count: how many.
         kv_heads, head_dim: of their keys and values; 0 where they have none.
         sliding_window: tokens held at most, or None.
+        holds_last: the model's last layer of keys and values, which presets may give more bits, is one.
     """
 
     kind: str
@@ -36,6 +60,7 @@ class CacheLayers:
     kv_heads: int
     head_dim: int
     sliding_window: int | None
+    holds_last: bool = False
 
     @property
     def grows(self) -> bool:
@@ -48,21 +73,27 @@ class CacheLayers:
             return 0.0
         if cache is None:
             return float(self.count * self.kv_heads * 2 * self.head_dim * BFLOAT16_BYTES)
-        page = page_format_for(cache, self.head_dim, self.head_dim).page_bytes
-        return self.count * self.kv_heads * page / PAGE_TOKENS
+        layers = cache.by_layer(self.count, self.count - 1) if self.holds_last else cache
+        found = 0
+        for index in range(self.count):
+            one = replace(layers.for_layer(index), last_layer_bits=None)
+            found += page_format_for(one, self.head_dim, self.head_dim).page_bytes
+        return self.kv_heads * found / PAGE_TOKENS
 
     def bytes_at(self, tokens: int, cache: CacheConfig | None) -> int:
-        """Bytes of one sequence of `tokens` tokens, in whole pages and with the window of up to 63 exact
-        tokens (of 64, as they are allocated) where it is compressed."""
+        """Bytes of one sequence of `tokens` tokens, in whole pages and with its exact tokens (sinks, window,
+        and 64 for those that become the next page) and offsets where it is compressed."""
         if not self.grows:
             return 0
         held = tokens if self.sliding_window is None else min(tokens, self.sliding_window)
         if cache is None:
             return round(held * self.bytes_per_token(None))
-        pages = -(-held // PAGE_TOKENS)
-        return round(
-            pages * PAGE_TOKENS * self.bytes_per_token(cache) + PAGE_TOKENS * self.bytes_per_token(None)
-        )
+        always = cache.sink_tokens + cache.window_tokens
+        pages = -(-max(held - always, 0) // PAGE_TOKENS)
+        exact = (always + PAGE_TOKENS) * self.bytes_per_token(None)
+        has_offsets = cache.offsets != "off" or cache.balance != "off"
+        offsets = OFFSET_BYTES * self.count * self.kv_heads * self.head_dim if has_offsets else 0
+        return round(pages * PAGE_TOKENS * self.bytes_per_token(cache) + exact + offsets)
 
 
 @dataclass(frozen=True)
@@ -70,7 +101,7 @@ class Held:
     """What fits, at one preset (None: bfloat16).
 
     Attributes:
-        label: name of the preset.
+        label: name of the cache, one of `CACHES`.
         bytes_per_token: in all layers that see everything, plus sliding ones while they fill.
         context_bytes: of one sequence of the length asked for.
         contexts: how many such sequences fit.
@@ -99,11 +130,11 @@ def cache_layers(config: Any) -> list[CacheLayers]:
     kinds = list(getattr(text, "layer_types", None) or [FULL] * count)
     heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    found = []
+    found, last = [], next((kind for kind in reversed(kinds) if kind in (FULL, SLIDING)), None)
     for kind in dict.fromkeys(kinds):
         if kind in (FULL, SLIDING):
             window = int(text.sliding_window) if kind == SLIDING else None
-            found.append(CacheLayers(kind, kinds.count(kind), heads, dim, window))
+            found.append(CacheLayers(kind, kinds.count(kind), heads, dim, window, kind == last))
         else:
             found.append(CacheLayers(kind, kinds.count(kind), 0, 0, None))
     return found
@@ -122,10 +153,8 @@ def weight_bytes(config: Any) -> int:
 
 def held(layers: list[CacheLayers], room_bytes: int, tokens: int) -> list[Held]:
     """What fits into `room_bytes` uncompressed and at each preset, for sequences of `tokens` tokens."""
-    choices: list[tuple[str, CacheConfig | None]] = [("bfloat16", None)]
-    choices += [(name, CacheConfig.preset(name)) for name in PRESETS]
     found = []
-    for label, cache in choices:
+    for label, cache in map(cache_named, CACHES):
 
         def size(length: int, cache: CacheConfig | None = cache) -> int:
             return sum(layer.bytes_at(length, cache) for layer in layers)
@@ -159,16 +188,19 @@ NO_EQUIVALENT = "no equivalent"
 
 
 def commands(model: str, preset: str, tokens: int, gpus: int, nodes: int) -> dict[str, str]:
-    """Per engine, the command that serves `model` with a cache like `preset` ("bfloat16": uncompressed) on
-    `nodes` machines of `gpus` GPUs each, or why there is none. vLLM and SGLang need GPUs: vLLM's CPU build
-    accepts its turboquant cache types without computing with them."""
+    """Per engine, the command that serves `model` with a cache like `preset`, one of `CACHES`, on `nodes`
+    machines of `gpus` GPUs each (0: CPUs), or why there is none. Compressed caches of vLLM and SGLang need
+    GPUs: vLLM's CPU build accepts its turboquant cache types without computing with them."""
     name = shlex.quote(model)
-    own = {"bfloat16": " --no-tqai"}.get(preset, f" --config {preset}")
-    bits = "" if preset == "bfloat16" else f" with {preset}"
+    own = {UNCOMPRESSED: " --no-tqai"}.get(preset, f" --config {preset}")
+    bits = "" if preset == UNCOMPRESSED else f" with {preset}"
     found = {"tqai": f"tqai serve -m {name}{own} --max-model-len {tokens}"}
-    if gpus * nodes > 1:
+    cache = cache_named(preset)[1]
+    if cache is not None and (reason := refuses(cache)) is not None:
+        found["tqai"] = f"tqai run -m {name} --config {preset} (tqai serve: {reason})"
+    if max(gpus, 1) * nodes > 1:
         found["tqai"] = f"{NO_EQUIVALENT}: tqai serves from one device"
-    if gpus == 0:
+    if gpus == 0 and preset != UNCOMPRESSED:
         found["vLLM"] = f"{NO_EQUIVALENT}: its CPU build accepts turboquant cache types but does not do them"
         found["SGLang"] = f"{NO_EQUIVALENT}: low-bit caches need a GPU there"
     else:
@@ -178,6 +210,8 @@ def commands(model: str, preset: str, tokens: int, gpus: int, nodes: int) -> dic
         if nodes > 1:
             vllm += f" --pipeline-parallel-size {nodes} --distributed-executor-backend ray"
         sglang = f"python -m sglang.launch_server --model-path {name} --context-length {tokens}"
+        if gpus == 0:
+            sglang += " --device cpu"
         if gpus * nodes > 1:
             sglang += f" --tp {gpus * nodes}"
         if nodes > 1:
@@ -186,8 +220,8 @@ def commands(model: str, preset: str, tokens: int, gpus: int, nodes: int) -> dic
         found["SGLang"] = _mapped(sglang, "--kv-cache-dtype", SGLANG.get(preset), preset, bits)
     llama = f"llama-server -m MODEL.gguf -c {tokens} -fa on" + (" -ngl 999" if gpus else "")
     if nodes > 1:
-        found["llama.cpp"] = f"{NO_EQUIVALENT}: one machine" + ("" if preset == "bfloat16" else bits)
-    elif preset == "bfloat16":
+        found["llama.cpp"] = f"{NO_EQUIVALENT}: several machines only over its experimental, open RPC"
+    elif preset == UNCOMPRESSED:
         found["llama.cpp"] = f"{llama} --cache-type-k bf16 --cache-type-v bf16"
     elif preset in LLAMA_CPP:
         key, value = LLAMA_CPP[preset]
@@ -198,6 +232,6 @@ def commands(model: str, preset: str, tokens: int, gpus: int, nodes: int) -> dic
 
 
 def _mapped(command: str, flag: str, kind: str | None, preset: str, bits: str) -> str:
-    if preset == "bfloat16":
+    if preset == UNCOMPRESSED:
         return command
     return f"{NO_EQUIVALENT}{bits}" if kind is None else f"{command} {flag} {kind}"
