@@ -19,7 +19,7 @@
 #include "layout.h"
 #include "spread.h"
 
-#define TASKS_PER_THREAD 64
+#define TASKS_PER_THREAD 32
 
 static void exact_part(const job *j, const place *at) {
     const tqai_attend_args *a = j->args;

@@ -12,7 +12,7 @@
 
 #include "isa.h"
 
-#define MOST_PARTS 32
+#define MOST_PARTS 16
 
 typedef struct {
     const tqai_attend_args *args;

@@ -103,7 +103,10 @@ INLINE void pass_of_words(levels table, const chunk *c, int bits, int groups, in
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
             const int line = line4 + i;
-            const __m256i word = _mm256_loadu_si256((const __m256i *)(c->codes + LINE_BYTES * line + 32 * half));
+            /* even bytes before odd ones, which the unpacks below put apart */
+            const __m256i order = _mm256_broadcastsi128_si256(_mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0));
+            const __m256i line_bytes = _mm256_loadu_si256((const __m256i *)(c->codes + LINE_BYTES * line + 32 * half));
+            const __m256i word = bits == 4 ? _mm256_shuffle_epi8(line_bytes, order) : line_bytes;
             __m256i index = _mm256_srli_epi16(word, (bits == 4 ? 4 : 2) * s);
             if (bits == 4) {
                 index = _mm256_and_si256(index, _mm256_set1_epi8(15));
@@ -115,9 +118,15 @@ INLINE void pass_of_words(levels table, const chunk *c, int bits, int groups, in
                 index = _mm256_or_si256(_mm256_and_si256(index, _mm256_set1_epi8(3)), bit);
             }
             const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
-            const __m256i low_byte = _mm256_set1_epi16(0xFF);
-            const __m256i a = _mm256_or_si256(_mm256_and_si256(low, low_byte), _mm256_slli_epi16(high, 8));
-            const __m256i b = _mm256_or_si256(_mm256_andnot_si256(low_byte, high), _mm256_srli_epi16(low, 8));
+            __m256i a, b;
+            if (bits == 4) {
+                a = _mm256_unpacklo_epi8(low, high);
+                b = _mm256_unpackhi_epi8(low, high);
+            } else {
+                const __m256i low_byte = _mm256_set1_epi16(0xFF);
+                a = _mm256_or_si256(_mm256_and_si256(low, low_byte), _mm256_slli_epi16(high, 8));
+                b = _mm256_or_si256(_mm256_andnot_si256(low_byte, high), _mm256_srli_epi16(low, 8));
+            }
             const int16_t *one = terms + 2 * (line * (units / groups) + s / groups), *two = one;
             if (units / 2 >= groups) two = terms + 2 * (line * (units / groups) + (s + units / 2) / groups);
             prefetch_line(c, bits, line, passes, passes / 2 * half + s);

@@ -28,6 +28,25 @@ const uint8_t *tqai_mask_at(const job *j, const place *at, int row, int64_t colu
                       row % a->new_tokens * a->mask_strides[2] + column * a->mask_strides[3]);
 }
 
+typedef float four __attribute__((vector_size(16)));
+typedef int32_t four_bits __attribute__((vector_size(16)));
+
+/* Largest and sum of the magnitudes of 4 of the `lanes` rows of x [dim][lanes]. */
+static void magnitudes(const float *x, int dim, int lanes, float *most, float *total) {
+    four largest = {0}, sum = {0};
+    for (int d = 0; d < dim; d++) {
+        four_bits bits;
+        memcpy(&bits, x + lanes * d, sizeof bits);
+        bits &= 0x7FFFFFFF;
+        const four magnitude = (four)bits;
+        const four_bits above = magnitude > largest; /* no NaN is */
+        largest = (four)((bits & above) | ((four_bits)largest & ~above));
+        sum += magnitude;
+    }
+    memcpy(most, &largest, sizeof largest);
+    memcpy(total, &sum, sizeof sum);
+}
+
 /* Rotate the queries and round them to whole numbers, so finely that an int32 holds every dot product. */
 static void rotate(const job *j, const place *at) {
     const tqai_codec *key = &j->args->format->key;
@@ -42,25 +61,30 @@ static void rotate(const job *j, const place *at) {
             for (int d = 0; d < dim; d++) x[lanes * d + l] = row[d];
         }
         j->kernels->rotate(key, x, lanes, 0);
+        float most_of[16] = {0}, total_of[16] = {0}, up_of[16] = {0};
+        for (int part = 0; part < lanes; part += 4) magnitudes(x + part, dim, lanes, most_of + part, total_of + part);
         for (int l = 0; l < count; l++) {
-            float most = 0.0f, total = 0.0f;
-            for (int d = 0; d < dim; d++) {
-                const float magnitude = fabsf(x[lanes * d + l]);
-                most = magnitude > most ? magnitude : most;
-                total += magnitude;
-            }
+            const float most = most_of[l], total = total_of[l];
             const size_t index = (size_t)at->pair * (size_t)j->rows + (size_t)(first + l);
-            int16_t *q = j->q + index * (size_t)dim;
             float *factor = j->factor + index;
-            if (!(total < INFINITY) || most < 0x1p-100f) {
-                memset(q, 0, sizeof *q * (size_t)dim);
+            if (!(total < INFINITY) || most < 0x1p-100f) { /* all numbers become 0 */
+                for (int d = 0; d < dim; d++) x[lanes * d + l] = 0.0f;
                 *factor = total < INFINITY ? 0.0f : NAN;
                 continue;
             }
             const int of_bytes = j->kernels->of_bytes(key);
             const float up = of_bytes ? KEY_FACTOR_OF_BYTES / most : fminf(32767.0f / most, key->largest_sum / total);
-            for (int d = 0; d < dim; d++) q[d] = (int16_t)lrintf(x[lanes * d + l] * up);
+            up_of[l] = up;
             *factor = (of_bytes ? key->byte_step : key->level_step) / up;
+        }
+        /* + 1.5 * 2^23 rounds, and leaves the whole number in the low bits */
+        uint32_t whole[16 * TQAI_MAX_HEAD_DIM];
+        for (int part = 0; part < lanes; part += 4)
+            for (int d = 0; d < dim; d++)
+                for (int l = part; l < part + 4; l++) whole[lanes * d + l] = float_to_bits(x[lanes * d + l] * up_of[l] + 12582912.0f);
+        for (int l = 0; l < count; l++) {
+            int16_t *q = j->q + ((size_t)at->pair * (size_t)j->rows + (size_t)(first + l)) * (size_t)dim;
+            for (int d = 0; d < dim; d++) q[d] = (int16_t)whole[lanes * d + l];
         }
     }
 }
