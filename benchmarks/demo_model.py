@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from tqai.evaluation import (
 )
 from tqai.evaluation.chunked import run_tokens
 
-CACHES = ("dynamic", "quanto-4", "quanto-2", "K4/V4", "K4/V3", "K4/V2", "K3/V3", "K3/V2")
+CACHES = ("dynamic", "quanto-4", "quanto-2", "balanced", "K4/V4", "K4/V3", "K4/V2", "K3/V3", "K3/V2")
 RESULT = ROOT / "benchmarks" / "results" / "demo_model.json"
 PLOT = ROOT / "docs" / "images" / "demo_quality.svg"
 RESIDUAL_PERIOD_TOKENS = 128
@@ -113,7 +114,7 @@ def make_all(model: Any, run: Run) -> list[CacheMaker]:
     makers = []
     for name in CACHES:
         try:
-            makers.append(cache_maker(name, model))
+            makers.append(replace(cache_maker(name, model), name=name))
         except UnsupportedError as error:
             run.not_measured[name] = str(error)
             console.print(f"[yellow]{name} is not measured: {error}[/yellow]")

@@ -114,7 +114,7 @@ def gates(run: Run, full_size: bool) -> list[Gate]:
         ),
     ]
     for tokens, speeds in run.speed.items():
-        worst = max(speeds, key=lambda name: speeds[name]["kl_mean"] if "/" in name else 0.0)
+        worst = max(speeds, key=lambda name: 0.0 if "quanto" in name else speeds[name]["kl_mean"])
         value = speeds[worst]["kl_mean"]
         checked.append(
             Gate(

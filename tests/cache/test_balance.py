@@ -15,6 +15,7 @@ from tqai.cache.layer_state import export_layer, import_layer
 from tqai.cache.offsets import Offsets
 from tqai.cache.storage import read_file, write_file
 from tqai.config import CacheConfig
+from tqai.evaluation import held_bytes
 
 DIM, HEADS, GROUPS = 64, 2, 3
 SCALE = torch.ones(DIM)
@@ -245,3 +246,12 @@ def test_saved_and_read_again(tmp_path):
         again.attend(step, query, None, SCALING).out, made.attend(made.view(), query, None, SCALING).out
     )
     assert torch.equal(copy.deepcopy(made).offsets.factors, made.offsets.factors)
+
+
+@pytest.mark.parametrize("scale", [SCALE, torch.ones(DIM)], ids=["factors", "none"])
+def test_memory_counts_what_balance_holds(scale):
+    made = layer()
+    made.append(*tokens(400, scale=scale))
+    made.see_query(queries(400, scale=scale))
+    assert (made.offsets is not None) == (scale is SCALE)
+    assert made.memory().total_bytes == held_bytes(made)

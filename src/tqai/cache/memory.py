@@ -25,7 +25,7 @@ class MemoryReport:
         window_bytes: buffers of exact tokens (window and sinks), used or not.
         table_bytes: page tables.
         slack_bytes: pages allocated ahead, and padding inside pages.
-        offsets_bytes: offsets of keys and values.
+        offsets_bytes: offsets of keys and values, factors, and the energy of queries that these are made of.
         copy_bytes: the decompressed copy of `cache_strategy="incremental"`; else 0.
         other_bytes: layers that are left as they were (recurrent states).
         layer_bits: (bits_k, bits_v) of each compressed layer, in order, where decided.

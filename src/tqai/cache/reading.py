@@ -33,6 +33,7 @@ class LayerReading:
     window: Window | None
     pool: PagePool | None
     offsets: Offsets | None
+    _energy: Tensor | None
     _choice: Choice | None
     _decoded: ExactTokens | None
 
@@ -127,7 +128,7 @@ class LayerReading:
             window_bytes=sum(tensor.nbytes for tensor in exact),
             table_bytes=pool.table_bytes,
             slack_bytes=slabs_bytes - codes_bytes - scales_bytes,
-            offsets_bytes=0 if self.offsets is None else self.offsets.nbytes,
+            offsets_bytes=sum(part.nbytes for part in (self.offsets, self._energy) if part is not None),
             copy_bytes=sum(part.nbytes for part in self._decoded or ()),
             layer_bits=() if self.waits else ((self.config.bits_k, self.config.bits_v),),
             backend=self.backend.name,
