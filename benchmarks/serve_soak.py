@@ -9,7 +9,7 @@ bodies that are no requests, prompts that are too long and bodies that are too l
 fifth of the time is more than 16 MiB above that in the second fifth (the first one is warm-up).
 
 `--core 0` keeps server and clients on one core. How much they did is told in tokens and in seconds of CPU
-time: on a machine that others use, seconds alone say little.
+time: on a machine that others use, seconds alone say little. Every client error is recorded with its second.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ PATIENCE_SECONDS = 1200.0
 FROZEN_SECONDS = 4.0
 """A second that takes this long was spent frozen."""
 MODEL = "tqai-demo"
+BROKEN_OFF = "error in a stream"
 
 
 def main() -> int:
@@ -95,7 +96,8 @@ def faults(result: dict[str, Any]) -> list[str]:
     end = result["end"]
     if end["request_pages"] or end["used_pages"] != end["cached_pages"] or end["running"] or end["waiting"]:
         found.append(f"not empty at the end: {end}")
-    found += [f"{n} times {what}" for what, n in result["broken"].items()]
+    found += [f"{error['action']}: {error['error']}" for error in result["client_errors"]]
+    found += [f"{n} times {status}" for status, n in result["statuses"].items() if status == BROKEN_OFF]
     if result["seconds"] >= LEAST_SECONDS and result["grown_bytes"] > GROWTH_BYTES:
         found.append(f"resident memory grew by {result['grown_bytes']} bytes")
     if result.get("exit_code", 0) != 0:
@@ -110,7 +112,7 @@ async def soak(
     text = (demo.model_path().parent / "document.txt").read_text("utf-8")
     seen: Counter[str] = Counter()
     done: Counter[str] = Counter()
-    broken: Counter[str] = Counter()
+    broken: list[dict[str, Any]] = []
     memory: list[tuple[float, int]] = []
     frozen: list[float] = []
     started = time.monotonic()
@@ -130,7 +132,7 @@ async def soak(
         base_url=url, timeout=PATIENCE_SECONDS, limits=httpx.Limits(max_connections=None)
     ) as http:
         workers = [
-            client(http, random.Random(seed * 1000 + n), text, stop, seen, done, broken)
+            client(http, random.Random(seed * 1000 + n), text, started, stop, seen, done, broken)
             for n in range(clients)
         ]
         await asyncio.gather(watch(), *workers)
@@ -154,7 +156,7 @@ async def soak(
         "requests": sum(seen.values()),
         "statuses": dict(sorted(seen.items())),
         "actions": dict(sorted(done.items())),
-        "broken": dict(sorted(broken.items())),
+        "client_errors": broken,
         "settled_bytes": settled,
         "grown_bytes": last - settled,
         "grown_bytes_per_hour": trend([item for item in memory if item[0] >= 0.2 * seconds]) * 3600,
@@ -178,12 +180,13 @@ async def client(
     http: httpx.AsyncClient,
     rng: random.Random,
     text: str,
+    started: float,
     stop: float,
     seen: Counter[str],
     done: Counter[str],
-    broken: Counter[str],
+    broken: list[dict[str, Any]],
 ) -> None:
-    """One client: one action after the other until `stop`. Nothing may break a connection."""
+    """One client: one action after the other until `stop`. Nothing may break a connection or a stream."""
     actions = ("stream", "whole", "leave", "leave whole", "bad", "too long", "too large", "chat")
     while time.monotonic() < stop:
         action = rng.choices(actions, weights=(5, 4, 4, 2, 2, 1, 1, 2))[0]
@@ -192,10 +195,13 @@ async def client(
             status = await act(http, rng, text, action)
         except httpx.TransportError as error:
             status = type(error).__name__
-            broken[f"{action}: {status}"] += 1
+            reason = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else str(error)
+            broken.append(
+                {"second": time.monotonic() - started, "action": action, "error": status, "reason": reason}
+            )
         seen[str(status)] += 1
         if status == 429:
-            await asyncio.sleep(rng.random())
+            await asyncio.sleep(0.5 + rng.random())
 
 
 async def act(http: httpx.AsyncClient, rng: random.Random, text: str, action: str) -> int | str:
@@ -224,10 +230,10 @@ async def act(http: httpx.AsyncClient, rng: random.Random, text: str, action: st
         return (await http.post(path, json=body)).status_code
     if action == "leave whole":
         try:
-            await asyncio.wait_for(http.post(path, json={**body, "max_tokens": 400}), rng.random())
+            answer = await asyncio.wait_for(http.post(path, json={**body, "max_tokens": 400}), rng.random())
         except asyncio.TimeoutError:
             return "left"
-        return "answered"
+        return answer.status_code
     body |= {"stream": True, "max_tokens": 400 if action == "leave" else body["max_tokens"]}
     async with http.stream("POST", path, json=body) as answer:
         left = rng.randrange(1, 20)
@@ -236,7 +242,7 @@ async def act(http: httpx.AsyncClient, rng: random.Random, text: str, action: st
             if action == "leave" and left <= 0:
                 return "left"
             if line.startswith('data: {"error"'):
-                return "error in a stream"
+                return BROKEN_OFF
         return answer.status_code
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 __all__ = ["fuzz_table", "soak_table"]
 
+BROKEN_OFF = "error in a stream"
+
 
 def soak_table(root: Path) -> str:
     """The soak, a row per figure."""
@@ -19,14 +21,17 @@ def soak_table(root: Path) -> str:
     server_errors = sum(count for status, count in statuses.items() if status.startswith("5"))
     unreturned = end["used_pages"] - end["cached_pages"] + end["request_pages"]
     faults = "; ".join(found["faults"]) or "none"
+    frozen = f", and held everything for {found['frozen_seconds']:.0f} s" if found["frozen_seconds"] else ""
     rows = {
         "time": f"{found['seconds'] / 60:.0f} minutes, {found['clients']} clients on the server's one core",
-        "CPU time of the server": f"{found['server_cpu_seconds']:.0f} s; others used the core too, and "
-        f"held everything for {found['frozen_seconds']:.0f} s",
+        "CPU time of the server": f"{found['server_cpu_seconds']:.0f} s; others used the core too{frozen}",
         "answers": f"{found['requests']}: {_counted(statuses)}",
         "tokens generated": f"{end['counters']['generated_tokens']}, "
         f"{found['generated_tokens_per_second']:.1f} per second",
         "server errors": str(server_errors),
+        "connections and streams that broke": str(
+            len(found.get("client_errors", found.get("broken", ()))) + statuses.get(BROKEN_OFF, 0)
+        ),
         "pages not given back": f"{unreturned} of {end['pages']}",
         "resident memory after warm-up": f"{found['settled_bytes'] / 1e6:.0f} MB",
         "its change until the last fifth": f"{found['grown_bytes'] / 1e6:+.1f} MB; trend "
