@@ -3,9 +3,11 @@
     python benchmarks/gpu_trellis.py [--parts attention,encode,prefill] [--out FILE]
 
 Attention: as `gpu_attention.py`, with the scalar codes of the same bits and torch's SDPA in the same run; a
-path is timed only after its result agrees with float64 attention to what its own pages decode to. Encoding:
-keys and values of 4096 pages, after the error of a part has been compared with core's. Prefill: 32k tokens of
-the model of `gpu_generate.py` in chunks, with trellis and scalar codes of 3 bits and with DynamicCache.
+path is timed only after its result for the first sequence agrees with float64 attention to what its own pages
+decode to. Pages are of random bits, which any codes may be, and of scales as those of normal vectors.
+Encoding: keys and values of 4096 pages, after the error of a part has been compared with core's. Prefill: 32k
+tokens of the model of `gpu_generate.py` in chunks, with trellis and scalar codes of 3 bits and with
+DynamicCache.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_attention import DIM, HEADS, KV_HEADS, SCALING, error_of, filled, sdpa_times
+from gpu_attention import DIM, HEADS, KV_HEADS, SCALING, error_of, sdpa_times
 from gpu_timing import L2_ROTATION_BYTES, gpu_provenance, graph_us
 
-from tqai.backends.base import ExactTokens
+from tqai.backends.base import ExactTokens, History
 from tqai.backends.cuda import CudaBackend
 from tqai.backends.cuda.attention import Exact, attend_pages
 from tqai.core.codec import CodecSpec, make_codec
@@ -50,6 +52,19 @@ def format_of(name: str, bits: int) -> PageFormat:
     return PageFormat(codec, codec)
 
 
+def random_pages(page_format: PageFormat, batch: int, tokens: int) -> tuple[torch.Tensor, History]:
+    """Pages of random codes, laid out as a cache has them."""
+    pages = tokens // PAGE_TOKENS
+    shape = (batch * pages, KV_HEADS)
+    raw = torch.randint(0, 256, (*shape, page_format.page_bytes), dtype=torch.uint8, device="cuda")
+    for at in (page_format.key_scales_at, page_format.value_scales_at):
+        scales = DIM**0.5 * (0.8 + 0.4 * torch.rand(*shape, PAGE_TOKENS, device="cuda"))
+        raw[..., at : at + 2 * PAGE_TOKENS] = scales.bfloat16().view(torch.uint8)
+    ids = torch.arange(batch * pages, device="cuda").view(batch, pages)
+    addresses = raw.data_ptr() + ids * raw.stride(0)
+    return raw, History(page_format, [raw], [0], ids.cpu().int().numpy(), addresses)
+
+
 def attention_rows(backend: CudaBackend) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for batch, tokens in SIZES:
@@ -61,7 +76,7 @@ def attention_rows(backend: CudaBackend) -> list[dict[str, Any]]:
             page_format = format_of(name, bits)
             size = batch * KV_HEADS * (tokens // PAGE_TOKENS) * page_format.page_bytes
             sets = max(1, min(8, L2_ROTATION_BYTES // size + 1))
-            caches = [filled(backend, page_format, batch, tokens) for _ in range(sets)]
+            caches = [random_pages(page_format, batch, tokens) for _ in range(sets)]
             query = torch.randn(batch, HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16)
             recent = ExactTokens(
                 *(torch.randn(batch, KV_HEADS, 1, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -76,7 +91,8 @@ def attention_rows(backend: CudaBackend) -> list[dict[str, Any]]:
                 recent=Exact(*recent),
                 out_dtype=torch.float32,
             )
-            error = error_of(backend, raw, first, query, recent, exact)
+            one = ExactTokens(recent.keys[:1], recent.values[:1])
+            error = error_of(backend, raw[: first.pages], first, query[:1], one, exact[:1])
             if not error < TOLERANCE:
                 sys.exit(f"{name} {bits} bits, batch {batch}, {tokens} tokens: error {error:.1e}: not timed")
             calls = [

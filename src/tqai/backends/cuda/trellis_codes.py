@@ -1,5 +1,4 @@
-"""Encodes and decodes pages of trellis codes: torch's operations or, on request (`unproven.py`) and for 64
-states, the Viterbi kernel."""
+"""Encodes and decodes pages of trellis codes: by kernels, but codes of 256 states are made by torch."""
 
 from __future__ import annotations
 
@@ -14,7 +13,6 @@ from tqai.backends.cuda.driver import kernel
 from tqai.backends.cuda.plan import codec_macros, rotation_plan
 from tqai.backends.cuda.trellis_encode import encode_macros, launch_encoder, serves
 from tqai.backends.cuda.trellis_layout import bit_places
-from tqai.backends.cuda.unproven import unproven_kernels
 from tqai.backends.torch_ops.codes import torch_codec
 from tqai.core.page import PAGE_TOKENS, PageFormat
 from tqai.errors import BackendError
@@ -55,8 +53,7 @@ def prepare_trellis_codes(page_format: PageFormat, dtype: torch.dtype, device: t
     """Compile and load the kernels of one dtype, so that a failure shows early (BackendError)."""
     macros = codec_macros(page_format, "float32")
     kernel("trellis_decode.cu", "tqai_decode", macros, device, _prepared(page_format, device).decode_shared)
-    if unproven_kernels():
-        _kernel_encodes(page_format, dtype, device)
+    _kernel_encodes(page_format, dtype, device)
 
 
 def decode_trellis_pages(
@@ -94,7 +91,7 @@ def encode_trellis_pages(
     The last axis of the inputs is contiguous. Memory beside that: 32 to 512 KiB for each warp that is under
     way, at most 8 on a multiprocessor.
     """
-    if unproven_kernels() and _kernel_encodes(page_format, keys.dtype, keys.device):
+    if _kernel_encodes(page_format, keys.dtype, keys.device):
         _encode_by_kernel(keys, values, page_format, out)
     else:
         _encode_by_torch(keys, values, page_format, out)
@@ -109,12 +106,25 @@ def _encode_by_kernel(
         launch_encoder(part, page_format, out)
 
 
-@lru_cache(maxsize=64)
+_GOOD: dict[tuple[PageFormat, torch.dtype, torch.device], bool] = {}
+
+
 def _kernel_encodes(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel serves this; one page is encoded to see that its codes are as good as torch's."""
-    codecs = (page_format.key, page_format.value)
-    if not all(serves(codec) for codec in codecs):
+    """Whether the kernel serves this. At first use one page is encoded to see that its codes are as good as
+    torch's; what does not compile or is worse is said once as a warning and not used. While a stream is
+    captured nothing can be compared: then False, until the next call."""
+    if not all(serves(codec) for codec in (page_format.key, page_format.value)):
         return False
+    key = (page_format, dtype, device)
+    if key not in _GOOD:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        _GOOD[key] = _is_as_good(page_format, dtype, device)
+    return _GOOD[key]
+
+
+def _is_as_good(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> bool:
+    codecs = (page_format.key, page_format.value)
     generator = torch.Generator(device).manual_seed(0)
     vectors = [
         torch.randn(1, 1, PAGE_TOKENS, codec.spec.head_dim, device=device, generator=generator).to(dtype)

@@ -14,6 +14,6 @@ VARIABLE = "TQAI_CUDA_UNPROVEN"
 
 
 def unproven_kernels() -> bool:
-    """Whether `encode_mma.cu` and `trellis_encode.cu` may be used: the environment's TQAI_CUDA_UNPROVEN is
-    neither empty nor "0". Without it scalar codes are made by the general kernel, trellis codes by torch."""
+    """Whether `encode_mma.cu` may be used: the environment's TQAI_CUDA_UNPROVEN is neither empty nor "0".
+    Without it codes are made by the general kernel."""
     return os.environ.get(VARIABLE, "0") not in ("", "0")
