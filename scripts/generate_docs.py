@@ -288,6 +288,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "gpu-roofline": gpu_tables.roofline_table,
     "gpu-floor": gpu_tables.floor_table,
     "gpu-encode": gpu_tables.encode_table,
+    "gpu-triton": gpu_tables.triton_table,
     "gpu-generate": gpu_tables.generate_table,
     "gpu-trellis": trellis_tables.gpu_attention_table,
     "mlx-speed": mlx_tables.speed_table,

@@ -13,6 +13,7 @@ __all__ = [
     "floor_table",
     "generate_table",
     "roofline_table",
+    "triton_table",
 ]
 
 PAIRS = ((4, 2), (4, 4), (3, 3), (8, 8))
@@ -26,6 +27,11 @@ def attention_table(root: Path) -> str:
 def eager_table(root: Path) -> str:
     """The same, called one by one from Python."""
     return _attention(root, "eager")
+
+
+def triton_table(root: Path) -> str:
+    """Graph replays of decode attention by the Triton backend, in a run of its own."""
+    return _attention(root, "graph", "gpu_attention_triton", "triton")
 
 
 def roofline_table(root: Path) -> str:
@@ -113,8 +119,8 @@ def _times(row: dict[str, Any]) -> str:
     return f" ({row['speedup']:.2f}x)" if "speedup" in row else ""
 
 
-def _attention(root: Path, mode: str) -> str:
-    result = _read(root, "gpu_attention")
+def _attention(root: Path, mode: str, name: str = "gpu_attention", backend: str = "cuda") -> str:
+    result = _read(root, name)
     fastest = [row for row in result["rows"] if row["backend"].startswith("torch")]
     names = [f"B{row['batch']} {row['tokens'] // 1024}k" for row in fastest]
     lines = [
@@ -125,14 +131,16 @@ def _attention(root: Path, mode: str) -> str:
     for pair in PAIRS:
         cells = []
         for base in fastest:
-            row = _row(result, base["batch"], base["tokens"], pair)
+            row = _row(result, base["batch"], base["tokens"], pair, backend)
             cells.append(f"{row[f'{mode}_us']:.1f} ({row[f'speedup_{mode}']:.2f})")
         lines.append(f"| K{pair[0]}/V{pair[1]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _row(result: dict[str, Any], batch: int, tokens: int, pair: tuple[int, int]) -> dict[str, Any]:
-    wanted = {"backend": "cuda", "batch": batch, "tokens": tokens, "bits_k": pair[0], "bits_v": pair[1]}
+def _row(
+    result: dict[str, Any], batch: int, tokens: int, pair: tuple[int, int], backend: str = "cuda"
+) -> dict[str, Any]:
+    wanted = {"backend": backend, "batch": batch, "tokens": tokens, "bits_k": pair[0], "bits_v": pair[1]}
     found: dict[str, Any] = next(
         row for row in result["rows"] if all(row.get(name) == value for name, value in wanted.items())
     )
