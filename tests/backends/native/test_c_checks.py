@@ -1,4 +1,4 @@
-"""The C test program: under sanitizers here, and for 64-bit Arm under an emulator."""
+"""The C test programs: under sanitizers here, and for 64-bit Arm under an emulator."""
 
 from __future__ import annotations
 
@@ -22,21 +22,27 @@ def check(mode, seconds):
     assert "without a difference" in done.stdout
 
 
-@pytest.fixture
-def sanitizers(tmp_path):
+def needs_sanitizer(name, tmp_path):
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
     source = tmp_path / "empty.c"
     source.write_text("int main(void) { return 0; }")
-    flags = ["-fsanitize=address,undefined", "-o", str(tmp_path / "empty")]
+    flags = [f"-fsanitize={name}", "-o", str(tmp_path / "empty")]
     if subprocess.run([compiler, str(source), *flags], capture_output=True).returncode:
-        pytest.skip(f"{compiler} has no sanitizers")
+        pytest.skip(f"{compiler} has no sanitizer {name}")
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing(sanitizers):
+def test_sanitizers_find_nothing(tmp_path):
+    needs_sanitizer("address,undefined", tmp_path)
     check("sanitize", 4)
+
+
+@pytest.mark.slow
+def test_threads_have_no_races(tmp_path):
+    needs_sanitizer("thread", tmp_path)
+    check("threads", 2)
 
 
 @pytest.mark.slow
