@@ -9,9 +9,10 @@ from serve_steps import make_engine, request
 
 from tqai import demo
 from tqai.server.engine import prefill_flash
+from tqai.server.engine.decode_step import DecodeRow, DecodeStep
+from tqai.server.engine.page_table import HeldPages
 from tqai.server.engine.prefill_step import PrefillStep
 from tqai.server.engine.sequence import Delta, Finished
-from tqai.server.engine.store import DecodeRow, DecodeStep
 
 __all__ = ["check"]
 
@@ -95,7 +96,7 @@ def _replayed(model: Any, tokenizer: Any, kind: str, prompt: list[int]) -> dict[
         scheduler.add(engine._incoming.popleft())
     while len(scheduler.running) < 8:
         scheduler.step()
-    rows = [DecodeRow(s.computed, s.pages, None) for s in scheduler.running]
+    rows = [DecodeRow(s.computed, s.held, None) for s in scheduler.running]
     tokens = [s.tokens[s.computed] for s in scheduler.running]
     positions = [row.position for row in rows]
     replayed = runner.decode(DecodeStep(engine.store, rows), tokens, positions).double().clone()
@@ -116,7 +117,7 @@ def _prefilled(model: Any, tokenizer: Any, kind: str, prompt: list[int]) -> dict
         rows = []
         for start in range(0, len(prompt), 640):
             part = prompt[start : start + 640]
-            step = PrefillStep(store, start, len(part), pages[: store.pages_after(start + len(part))])
+            step = PrefillStep(store, start, len(part), [HeldPages(pages)])
             rows.append(runner.prefill(step, part, True).double())
         logits.append(torch.cat(rows))
     prefill_flash.serves = serves

@@ -134,6 +134,8 @@ def load_part(model: Any, tokenizer: Any, options: Any) -> list[dict[str, Any]]:
                         row = {"server": server, "prompt_tokens": tokens, "output_tokens": output}
                         rows.append(row | summary(seconds, measured, output))
                         rows[-1]["correct"] = rows[-1]["failed"] == 0
+                        # a server that ends early would look fast
+                        rows[-1]["fewest_pieces"] = min(one.pieces for one in measured)
                         rows[-1]["engine"] = taken(url)
                         print(json.dumps(rows[-1]), flush=True)
             except Exception as error:  # one server that cannot be measured is a result too

@@ -21,6 +21,7 @@ from tqai.config import CacheConfig
 from tqai.server.engine import decode_graphs
 from tqai.server.engine.engine import Engine
 from tqai.server.engine.model import inspect_model
+from tqai.server.engine.page_table import HeldPages
 from tqai.server.engine.sampling import SamplingParams
 from tqai.server.engine.sequence import Delta, GenerationRequest, Sequence
 from tqai.server.engine.settings import EngineSettings
@@ -72,7 +73,7 @@ def fill(engine: Engine, contexts: int, tokens: int) -> None:
             for dim in (shape.key_dim, shape.value_dim)
         )
         store.store_pages(layer, keys, values, torch.arange(pages, device=store.device))
-        slab = store.pool.slabs[layer]
+        slab = store.slabs[layer]
         for start in range(pages, pages * contexts, pages):
             slab[start : start + pages] = slab[:pages]
         for part in store.exact[layer]:
@@ -90,7 +91,7 @@ def fill(engine: Engine, contexts: int, tokens: int) -> None:
             None,
         )
         sequence.tokens.append(5)
-        sequence.pages, sequence.computed, sequence.lead_done = ids, tokens, True
+        sequence.held, sequence.computed, sequence.lead_done = [HeldPages(ids)], tokens, True
         scheduler.running.append(sequence)
 
 
@@ -102,7 +103,8 @@ def decode_row(
     before = torch.cuda.memory_allocated()
     pages = contexts * (-(-(tokens + 256) // 64))
     cache = None if kind == "uncompressed" else CacheConfig.preset(kind)
-    page_bytes = page_bytes_of(EngineSettings(cache=cache), inspect_model(model))
+    shape = inspect_model(model)
+    page_bytes = page_bytes_of(EngineSettings(cache=cache).for_layers(len(shape.layers)), shape)
     # the graph of this number of rows alone: others are not replayed here
     decode_graphs.graph_rows = lambda rows: [rows]
     engine = make_engine(

@@ -6,10 +6,15 @@ from engine_runs import finished, request, run
 
 from tqai.config import CacheConfig
 from tqai.server.engine.decode_graphs import DecodeGraphs, SlotStep, graph_rows
-from tqai.server.engine.store import DecodeRow
+from tqai.server.engine.decode_step import DecodeRow
+from tqai.server.engine.page_table import HeldPages
 
 ROOM = 4
 """Pages of the table."""
+
+
+def row(position, pages, new=None):
+    return DecodeRow(position, [HeldPages(pages)], None if new is None else [new])
 
 
 class Replayed(DecodeGraphs):
@@ -88,7 +93,6 @@ def test_layers_of_different_bits_complete_their_pages(make_engine, document_ids
     with make_engine(cache=cache) as engine:
         expected = run(engine, wanted)
     with make_engine(cache=cache) as engine:
-        assert not engine.store._alike
         use_replays(engine)
         found = run(engine, wanted)
     assert [outcome.tokens for outcome in found] == [outcome.tokens for outcome in expected]
@@ -97,9 +101,9 @@ def test_layers_of_different_bits_complete_their_pages(make_engine, document_ids
 def test_a_table_that_is_too_narrow_is_left_alone(make_engine, document_ids):
     with make_engine(cache=CacheConfig(backend="torch")) as engine:
         graphs = use_replays(engine)
-        rows = [DecodeRow(64 * (ROOM + 1), list(range(ROOM + 1)), None)]
+        rows = [row(64 * (ROOM + 1), list(range(ROOM + 1)))]
         assert graphs.run(rows, [5]) is None and not graphs.replays
-        many = [DecodeRow(0, [], None)] * 9
+        many = [row(0, [])] * 9
         assert graphs.run(many, [5] * 9) is None and not graphs.replays
 
 
@@ -121,16 +125,16 @@ def test_tables_are_sent_only_when_they_change(make_engine):
     with make_engine(cache=CacheConfig(backend="torch")) as engine:
         step = SlotStep(engine.store, 4, 8)
         pages, other = [3, 1], [2]
-        rows = [DecodeRow(130, pages, None), DecodeRow(70, other, None)]
+        rows = [row(130, pages), row(70, other)]
         assert step._take_pages(rows) and not step._take_pages(rows)
         pages.append(7)
         assert step._take_pages(rows)
         assert step._table[:2, :3].tolist() == [[3, 1, 7], [2, 0, 0]]
         # a request that was preempted comes back with fewer pages, in a list of its own
-        assert step._take_pages([DecodeRow(66, [5], None), rows[1]])
+        assert step._take_pages([row(66, [5]), rows[1]])
         assert step._table[0, 0] == 5
-        step.load([DecodeRow(66, [5], None), rows[1]], [1, 2])
-        slab = engine.store.pool.slabs[1]
+        step.load([row(66, [5]), rows[1]], [1, 2])
+        slab = engine.store.slabs[1]
         assert step.addresses[1, 0, 0] == slab[5].data_ptr()
         assert step.inputs[:, :2].tolist() == [[1, 2], [66, 70], [2, 6], [3, 7], [1, 1]]
 
@@ -141,7 +145,7 @@ def test_pages_of_all_layers_and_rows_are_completed_where_they_belong(make_engin
         for held in store.exact:
             for part in held:
                 part.normal_()
-        store.complete_pages([DecodeRow(63, [], 3), DecodeRow(127, [0], None), DecodeRow(63, [], 1)])
+        store.complete_pages([row(63, [], 3), row(127, [0]), row(63, [], 1)])
         for layer, held in enumerate(store.exact):
             expected = store.codes[layer].encoded(*(part[[0, 2]] for part in held))
-            assert torch.equal(store.pool.slabs[layer][[3, 1]], expected)
+            assert torch.equal(store.slabs[layer][[3, 1]], expected)

@@ -53,8 +53,8 @@ def test_nan_fails_alone_and_never_enters_the_prefix_cache(make_engine, document
         assert together[2].tokens == [POISON]
         assert [together[1].tokens, together[4].tokens] == alone
         shared = engine.scheduler.prefixes.find(bad[1].prompt)
-        engine.store.pool.release(shared)
-        assert len(shared) == 4, "only the chunk before the poisoned one, which a good request computed"
+        engine.store.pool.release(shared.pages)
+        assert len(shared.pages) == 4, "only the chunk before the poisoned one, which a good request computed"
         assert run_one(engine, good[0]).tokens == alone[0]
 
 

@@ -13,12 +13,15 @@ from tqai.config import CacheConfig
 from tqai.core.page import PAGE_TOKENS
 from tqai.errors import ConfigError
 from tqai.server.api.tools import FORMATS, ToolReader, tool_format_of
+from tqai.server.engine.kinds import PageKind, kinds_of, pool_sizes
 from tqai.server.engine.model import LayerShape
 from tqai.server.engine.page_codes import ExactPages, PageTable, page_codes_for
+from tqai.server.engine.page_table import HeldPages
 from tqai.server.engine.pages import PagePool
-from tqai.server.engine.prefix import PrefixCache
+from tqai.server.engine.prefix import Chunk, Found, PrefixCache
 from tqai.server.engine.sampling import Sampler, SamplingParams
 from tqai.server.engine.settings import EngineSettings
+from tqai.server.engine.snapshots import Snapshot
 from tqai.server.engine.text import Detokenizer, StopStrings
 
 LOGITS = torch.tensor([0.0, math.log(2), math.log(3), math.log(4)])  # 0.1, 0.2, 0.3, 0.4
@@ -199,39 +202,106 @@ def test_misuse_of_pages_is_found():
         pool.hold(pages)
 
 
+def chunks_of(cache, tokens, pages):
+    """Chunks of two pages for `PrefixCache.add`."""
+    keys = cache.keys(tokens, len(tokens))
+    size = cache.chunk_tokens // PAGE_TOKENS
+    return [Chunk(key, pages[size * n : size * (n + 1)]) for n, key in enumerate(keys)]
+
+
 def test_a_prefix_is_its_tokens_and_all_before_them():
     pool = pool_of(20)
-    cache = PrefixCache(pool, 2, 2 * PAGE_TOKENS, "K4/V2")
+    cache = PrefixCache([pool], 2, 2 * PAGE_TOKENS, "K4/V2")
     tokens = list(range(2 + 4 * PAGE_TOKENS))
     pages = pool.take(4)
-    cache.add(tokens, pages)
-    assert cache.find(tokens) == pages[:2]  # one token at least is left to compute
-    assert cache.find([*tokens, 5]) == pages
-    assert cache.find([*tokens[:200], 9999, *tokens[201:], 5]) == pages[:2]
-    assert cache.find([7, *tokens[1:], 5]) == []
-    assert cache.find(tokens[: 2 + 2 * PAGE_TOKENS]) == []
-    assert PrefixCache(pool, 2, 2 * PAGE_TOKENS, "K3/V2").find(tokens) == []
+    cache.add(chunks_of(cache, tokens, pages))
+    assert cache.find(tokens).pages == pages[:2]  # one token at least is left to compute
+    assert cache.find([*tokens, 5]).pages == pages
+    assert cache.find([*tokens[:200], 9999, *tokens[201:], 5]).pages == pages[:2]
+    assert cache.find([7, *tokens[1:], 5]) == Found()
+    assert cache.find(tokens[: 2 + 2 * PAGE_TOKENS]) == Found()
+    assert PrefixCache([pool], 2, 2 * PAGE_TOKENS, "K3/V2").find(tokens) == Found()
     for held in (pages[:2], pages, pages[:2], pages):
         pool.release(held)
-    assert cache.pages == cache.evictable == 4
-    assert cache.evict(1) == 2 and cache.find([*tokens, 5]) == pages[:2], "the later chunk goes first"
+    assert cache.pages == cache.evictable() == 4
+    assert cache.evict(1) == 2 and cache.find([*tokens, 5]).pages == pages[:2], "the later chunk goes first"
 
 
 def test_a_prefix_s_chunk_belongs_to_the_chunks_before_it_and_use_keeps_it():
     pool = pool_of(8)
-    cache = PrefixCache(pool, 0, PAGE_TOKENS, "K4/V2")
+    cache = PrefixCache([pool], 0, PAGE_TOKENS, "K4/V2")
     a, b, c, d = ([n] * PAGE_TOKENS for n in (1, 2, 3, 4))
     for tokens in (a + b, c + d):
         pages = pool.take(2)
-        cache.add(tokens, pages)
+        cache.add(chunks_of(cache, tokens, pages))
         pool.release(pages)
-    mixed = cache.find([*c, *b, 5])
-    assert mixed == cache.find([*c, 5]) and len(mixed) == 1, "b after c is another prefix than b after a"
-    used = cache.find([*a, *b, 5])
+    mixed = cache.find([*c, *b, 5]).pages
+    assert mixed == cache.find([*c, 5]).pages and len(mixed) == 1, "b after c is another prefix"
+    used = cache.find([*a, *b, 5]).pages
     for held in (mixed, mixed, used):
         pool.release(held)
     assert cache.evict(2) == 2
-    assert cache.find([*a, *b, 5]) == used, "what was used last stays"
+    assert cache.find([*a, *b, 5]).pages == used, "what was used last stays"
+
+
+def test_a_prefix_goes_on_from_where_its_state_was_kept():
+    pool, sliding = pool_of(12), pool_of(6)
+    cache = PrefixCache([pool, sliding], 0, PAGE_TOKENS, "K4/V2", needs_state=True)
+    tokens = list(range(3 * PAGE_TOKENS))
+    pages, window, stored = pool.take(3), sliding.take(2), pool.take(1)
+    chunks = chunks_of(cache, tokens, pages)
+    chunks[1].snapshot = Snapshot([stored, []], [None, HeldPages([0, *window], 1)])
+    cache.add(chunks)
+    pool.release(pages)
+    assert chunks[1].snapshot is None, "its pages are the cache's now"
+    assert cache.pages == 4 and cache.evictable(0) == 4 and cache.evictable(1) == 2
+    found = cache.find([*tokens, 5])
+    assert (found.chunks, found.known, found.pages) == (2, 3, pages[:2])
+    assert pool.references[stored[0]] == 2 and [sliding.references[page] for page in window] == [2, 2]
+    assert cache.evictable(0) == 1 and cache.evictable(1) == 0
+    assert cache.find(tokens[:65]) == Found(0, 1, [], None)
+    for held, free in ((found.pages, pool), (stored, pool), (window, sliding)):
+        free.release(held)
+    assert cache.evict(1, 1) == 2 and cache.find([*tokens, 5]) == Found(0, 1, [], None)
+    cache.clear()
+    assert pool.free == 12 and sliding.free == 6
+
+
+KINDS = [
+    PageKind(None, (0, 2), 100, (4, 70)),
+    PageKind(256, (1,), 50, (4, 70)),
+]
+
+
+def test_pages_that_no_token_sees_are_counted():
+    """Against a search through all tokens: page k is sinks + 64 k to sinks + 64 k + 63."""
+    for window, sinks in ((1, 0), (64, 0), (96, 3), (256, 4)):
+        kind = PageKind(window, (0,), 1, (sinks, 0))
+        for position in range(600):
+            seen = [max(t - sinks, 0) // 64 for t in range(max(position - window + 1, 0), position + 1)]
+            assert kind.gone(position) == min(seen), (window, position)
+    assert KINDS[0].gone(10**6) == 0
+    assert KINDS[0].most_pages(4 + 70 + 64 * 9, 128) == 9
+    assert [KINDS[1].most_pages(4 + 70 + 64 * n, 128) for n in (3, 100)] == [3, 2 + 2 + 2]
+
+
+def test_a_sliding_kind_gets_no_more_pages_than_can_be_in_use():
+    assert pool_sizes(KINDS, 150 * 7, None, 4, 128) == [7, 7]
+    assert pool_sizes(KINDS, 10_000, None, 4, 128) == [(10_000 - 50 * 36) // 100, 2 * (4 * 4 + 2)]
+    assert pool_sizes(KINDS, 10_000, 20, 4, 128) == [20, 20]
+    assert pool_sizes(KINDS[:1], 10_050, None, 4, 128) == [100]
+    with pytest.raises(ConfigError, match="takes 150 bytes"):
+        pool_sizes(KINDS, 149, None, 4, 128)
+
+
+def test_kinds_are_told_by_their_windows_those_that_see_farthest_first():
+    shapes = [LayerShape(2, 64, 64, window) for window in (128, None, 512, 128)]
+    found = kinds_of(shapes, [10, 20, 30, 40], (0, 0))
+    assert [(kind.sliding_window, kind.layers, kind.page_bytes) for kind in found] == [
+        (None, (1,), 40),
+        (512, (2,), 60),
+        (128, (0, 3), 100),
+    ]
 
 
 @pytest.mark.parametrize("dims", [(64, 96), (128, 128)])
@@ -276,10 +346,9 @@ def test_engine_settings_out_of_range(field, value):
 def test_caches_that_the_engine_does_not_keep_are_refused():
     with pytest.raises(ConfigError, match="incremental"):
         EngineSettings(cache=CacheConfig(cache_strategy="incremental"))
-    for field, value in (("offsets", "on"), ("compress_ffn", True), ("bits_budget", 3.5)):
+    for field, value in (("compress_hidden", True), ("compress_ffn", True), ("bits_budget", 3.5)):
         with pytest.raises(ConfigError, match=field):
             EngineSettings(cache=CacheConfig(**{field: value}))
-    assert not EngineSettings(cache=CacheConfig(residual_window=1)).shares_prefixes
     mixed = EngineSettings(cache=CacheConfig(layer_bits=((4, 4), (2, 3))))
     assert mixed.cache_of(1).label == "K2/V3"
     with pytest.raises(ConfigError, match="2 layers"):

@@ -115,10 +115,7 @@ def test_commands_name_what_exists_and_nothing_else():
     assert uncompressed["SGLang"].endswith("--device cpu")
     assert commands("m", "K4/V2", 8192, gpus=0, nodes=2)["tqai"].startswith("no equivalent")
     named = commands("m", "balanced", 8192, gpus=1, nodes=1)
-    assert named["tqai"] == (
-        "tqai run -m m --config balanced (tqai serve: offsets='auto': not served by continuous batching; "
-        "allowed is 'off')"
-    )
+    assert named["tqai"] == "tqai serve -m m --config balanced --max-model-len 8192"
     plain = commands("m", "bfloat16", 8192, gpus=2, nodes=1)
     assert "kv-cache-dtype" not in plain["vLLM"] and "--tp 2" in plain["SGLang"]
 

@@ -117,7 +117,6 @@ def test_the_older_project_s_command_and_flags(served_with, monkeypatch):
         (["--chunk-tokens", "100"], "chunk_tokens=100"),
         (["--api-key", ""], "api_keys"),
         (["--port", "70000"], "--port"),
-        (["--offsets", "on"], "offsets='on'"),
     ],
 )
 def test_wrong_flags_are_one_line_that_names_them(served_with, options, part):

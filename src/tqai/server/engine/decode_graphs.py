@@ -26,8 +26,9 @@ from tqai.backends.base import Attended, ExactTokens
 from tqai.core.page import PAGE_TOKENS
 from tqai.errors import TqaiError
 from tqai.integrations.transformers.ragged import RaggedCache
+from tqai.server.engine.decode_step import DecodeRow
 from tqai.server.engine.page_table import DeviceRows
-from tqai.server.engine.store import DecodeRow, TokenStore
+from tqai.server.engine.store import TokenStore
 
 __all__ = ["DecodeGraphs", "SlotStep", "graph_rows"]
 
@@ -58,8 +59,8 @@ class SlotStep:
         self._held: list[tuple[list[int] | None, int]] = [(None, 0)] * rows
         table = torch.zeros((rows, room), dtype=torch.int64, device=device)
         self.device_rows = DeviceRows(table, lengths[1], lengths[0], self._table)
-        bases = [slab.data_ptr() for slab in store.pool.slabs]
-        strides = [slab.stride(0) for slab in store.pool.slabs]
+        bases = [slab.data_ptr() for slab in store.slabs]
+        strides = [slab.stride(0) for slab in store.slabs]
         self._bases = torch.tensor(bases, device=device)[:, None, None]
         self._strides = torch.tensor(strides, device=device)[:, None, None]
         self.addresses = self._bases.expand(layers, rows, room).contiguous()
@@ -72,8 +73,8 @@ class SlotStep:
         used = len(rows)
         positions = np.array([row.position for row in rows], dtype=np.int64)
         host[0, :used], host[1, :used] = tokens, positions
-        past = np.maximum(positions - self.store.sinks, 0) % self.store.ring
-        held = np.where(positions < self.store.sinks, positions, self.store.sinks + past)
+        # as `TokenStore.place_of`
+        held = positions - np.maximum(positions - self.store.lead, 0) // PAGE_TOKENS * PAGE_TOKENS
         host[2, :used], host[3, :used] = held, held + 1
         host[4, :used] = [len(row.pages) for row in rows]
         self.inputs.copy_(self._host, non_blocking=True)
@@ -110,17 +111,26 @@ class SlotStep:
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """See `RaggedStore.update`."""
-        places = self.inputs[2][:, None, None, None]
-        for held, new in zip(self.store.exact[layer], (keys, values), strict=True):
+        places, state = self.inputs[2][:, None, None, None], self.store.offsets[layer]
+        tokens = ExactTokens(keys, values)
+        if state is not None:
+            tokens = state.rows(0, self.rows).taken_off(tokens)
+        for held, new in zip(self.store.exact[layer], tokens, strict=True):
             held[: self.rows].scatter_(2, places.expand(new.shape), new)
 
     def attend_layer(self, layer: int, query: Tensor, scaling: float, softcap: float | None) -> Attended:
         """See `RaggedStore.attend_layer`."""
-        store = self.store
+        store, state = self.store, self.store.offsets[layer]
         exact = ExactTokens(*(part[: self.rows] for part in store.exact[layer]))
-        return store.codes[layer].attend_rows(
-            query, store.pool.slabs[layer], self.device_rows, self.addresses[layer], exact, scaling, softcap
+        offsets = None if state is None else state.rows(0, self.rows)
+        asked = query if offsets is None else offsets.for_query(query)
+        rows, addresses = self.device_rows, self.addresses[layer]
+        done = store.codes[layer].attend_rows(
+            asked, store.slabs[layer], rows, addresses, exact, scaling, softcap
         )
+        if offsets is None:
+            return done
+        return offsets.corrected(done, query, scaling if store.shape.sink_logits else None, masked=False)
 
 
 class DecodeGraphs:
@@ -145,11 +155,10 @@ class DecodeGraphs:
 
     @staticmethod
     def serve(store: TokenStore) -> bool:
-        """Whether the steps of this store can be captured: on a GPU, with full attention in every layer, no
-        window, and attention that reads lengths on the device."""
+        """Whether the steps of this store can be captured: on a GPU, with full attention in every
+        layer, and attention that reads lengths on the device."""
         return (
             store.device.type == "cuda"
-            and store.window == 0
             and all(layer.sliding_window is None for layer in store.shape.layers)
             and all(codes.reads_lengths for codes in store.codes)
         )
@@ -209,6 +218,3 @@ class DecodeGraphs:
         self._pool = graph.pool()
         self._steps[count] = step, graph, logits
         self.captured[count] = started.elapsed_time(ended) / 1e3
-
-
-assert PAGE_TOKENS == 64

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from tqai.core.page import PAGE_TOKENS
-from tqai.errors import ConfigError, InputError, TqaiError
+from tqai.errors import InputError, TqaiError
 from tqai.server.engine.grammar import Grammars
+from tqai.server.engine.kinds import pool_sizes
 from tqai.server.engine.model import inspect_model
 from tqai.server.engine.runner import ModelRunner
 from tqai.server.engine.scheduler import Scheduler
 from tqai.server.engine.sequence import Event, GenerationRequest, Sequence
 from tqai.server.engine.settings import EngineSettings
-from tqai.server.engine.store import TokenStore, page_bytes_of
+from tqai.server.engine.store import TokenStore, page_kinds
 
 __all__ = ["Draining", "Engine", "EngineFigures", "PromptTooLong", "QueueFull"]
 
@@ -78,9 +79,9 @@ class Engine:
             UnsupportedError: a model that continuous batching cannot serve.
             ConfigError: the pool cannot hold one page.
         """
-        self.settings = settings = settings or EngineSettings()
         self.model, self.tokenizer = model, tokenizer
         self.shape = inspect_model(model)
+        self.settings = settings = (settings or EngineSettings()).for_layers(len(self.shape.layers))
         self.max_model_len = settings.max_model_len or self.shape.context_tokens or LONGEST_WITHOUT_A_LIMIT
         pages = _pool_pages(settings, self.shape, self.max_model_len)
         self.store = TokenStore(settings, self.shape, pages)
@@ -154,11 +155,12 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and {params.max_tokens} are to be generated, "
                 f"together {total}; at most {self.max_model_len} are possible"
             )
-        if self.store.pages_after(total) > self.store.pool.pages:
-            raise PromptTooLong(
-                f"{total} tokens need {self.store.pages_after(total)} pages of the cache, which has "
-                f"{self.store.pool.pages}"
-            )
+        for kind, pool in zip(self.store.kinds, self.store.pools, strict=True):
+            needed = kind.most_pages(total, self.settings.chunk_tokens)
+            if needed > pool.pages:
+                raise PromptTooLong(
+                    f"{total} tokens need {needed} pages of the cache, which has {pool.pages}"
+                )
 
     def cancel(self, sequence: Sequence) -> None:
         """Stop a request; its pages are free after the step that is being computed."""
@@ -201,10 +203,15 @@ class Engine:
         running = list(scheduler.running)
         prefilling = scheduler.prefilling
         active = [*running, prefilling] if prefilling else running
-        request_pages = len({page for sequence in active for page in list(sequence.pages)})
+        held_of = [list(sequence.held) for sequence in active]
+        held_pages = [
+            len({page for held in held_of if held for page in held[number].live})
+            for number in range(len(store.pools))
+        ]
+        request_pages = held_pages[0]
         tokens = sum(sequence.computed for sequence in active)
         cached = scheduler.prefixes.pages
-        held = request_pages * store.pool.page_bytes
+        held = sum(count * pool.page_bytes for count, pool in zip(held_pages, store.pools, strict=True))
         held += len(active) * store.exact_bytes // (self.settings.max_running + 1)
         return EngineFigures(
             running=len(active),
@@ -213,7 +220,7 @@ class Engine:
             used_pages=store.pool.used,
             request_pages=request_pages,
             cached_pages=cached,
-            page_bytes=store.pool.page_bytes,
+            page_bytes=sum(kind.page_bytes for kind in store.kinds),
             exact_bytes=store.exact_bytes,
             held_bytes=held,
             bf16_bytes=tokens * self.bf16_bytes_per_token,
@@ -261,23 +268,21 @@ class Engine:
         self.scheduler.fail_all("the server was stopped", cancelled=True)
 
 
-def _pool_pages(settings: EngineSettings, shape: Any, max_model_len: int) -> int:
-    page_bytes = page_bytes_of(settings, shape)
+def _pool_pages(settings: EngineSettings, shape: Any, max_model_len: int) -> list[int]:
+    """Pages of each kind of layer."""
+    kinds = page_kinds(settings, shape)
+    sizes = settings.max_running, settings.chunk_tokens
     if settings.max_kv_bytes is not None:
-        pages = settings.max_kv_bytes // page_bytes
-        if pages < 1:
-            raise ConfigError(
-                f"max_kv_bytes={settings.max_kv_bytes}: one page of 64 tokens takes {page_bytes} bytes"
-            )
-        return pages
+        return pool_sizes(kinds, settings.max_kv_bytes, None, *sizes)
     kind = shape.device.type
     if kind == "cuda":
         free = torch.cuda.mem_get_info(shape.device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # every slot at its longest: more can never be in use
-    most = settings.max_running * -(-max_model_len // 64)
-    return max(min(int(free * SHARE_OF_FREE_MEMORY.get(kind, 0.4)) // page_bytes, most), 1)
+    most = settings.max_running * -(-max_model_len // PAGE_TOKENS)
+    held_bytes = int(free * SHARE_OF_FREE_MEMORY.get(kind, 0.4))
+    return pool_sizes(kinds, max(held_bytes, sum(one.page_bytes for one in kinds)), most, *sizes)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,7 +11,25 @@ from torch import Tensor
 
 from tqai.core.page import PAGE_TOKENS
 
-__all__ = ["DeviceRows", "PageTable", "within_rows"]
+__all__ = ["DeviceRows", "HeldPages", "PageTable", "within_rows"]
+
+
+@dataclass
+class HeldPages:
+    """The pages of one sequence in the layers of one kind.
+
+    Attributes:
+        ids: of all of its pages so far, in order.
+        gone: the first so many were given back, as no token sees them any more.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    gone: int = 0
+
+    @property
+    def live(self) -> list[int]:
+        """Those that are held."""
+        return self.ids[self.gone :]
 
 
 class PageTable:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tqai.integrations.transformers.ragged import RaggedCache
 from tqai.server.engine.decode_graphs import DecodeGraphs
+from tqai.server.engine.decode_step import DecodeStep
 from tqai.server.engine.model import ModelShape
 from tqai.server.engine.prefill_step import PrefillStep
-from tqai.server.engine.store import DecodeStep, TokenStore
+from tqai.server.engine.store import TokenStore
 
 __all__ = ["ModelRunner", "invariant_rows"]
 
@@ -46,13 +47,16 @@ class ModelRunner:
         logits = self._forward(
             step, [[token] for token in tokens + padding], [[p] for p in positions + padding], 1
         )
+        step.store.complete_pages(step.given)
         return logits[:rows, -1]
 
     @torch.inference_mode()
     def prefill(self, step: PrefillStep, tokens: list[int], all_logits: bool) -> Tensor:
         """Logits `[1, vocab]` after the last token, or `[tokens, vocab]` after every one."""
         positions = list(range(step.start, step.start + step.count))
-        return self._forward(step, [tokens], [positions], 0 if all_logits else 1)[0]
+        logits = self._forward(step, [tokens], [positions], 0 if all_logits else 1)[0]
+        step.finish()
+        return logits
 
     def _extra(self, keep: int) -> dict[str, int]:
         return {"logits_to_keep": keep} if self._keeps_logits else {}

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tqai.server.engine.grammar import Constraint
+from tqai.server.engine.page_table import HeldPages
+from tqai.server.engine.prefix import Chunk
 from tqai.server.engine.sampling import Chosen, Sampler, SamplingParams
 from tqai.server.engine.text import Detokenizer, StopStrings
 
@@ -77,7 +79,9 @@ class Times:
 
 
 class Sequence:
-    """See the module's text. `tokens` are prompt and output; `computed` of them are in the cache."""
+    """See the module's text. `tokens` are prompt and output; `computed` of them are in the cache. `held` are
+    its pages of each kind of layer, `chunks` what it will add to the prefix cache, which knew the first
+    `known_chunks` of them when it was admitted."""
 
     def __init__(
         self,
@@ -93,7 +97,9 @@ class Sequence:
         self.number, self.request, self.params = number, request, params
         self.tokens = list(request.prompt)
         self.prompt_tokens = len(self.tokens)
-        self.pages: list[int] = []
+        self.held: list[HeldPages] = []
+        self.chunks: list[Chunk] = []
+        self.known_chunks = 0
         self.computed = 0
         self.cached_tokens = 0
         self.lead_done = False
@@ -110,6 +116,11 @@ class Sequence:
         self._stop_tokens = frozenset(params.stop_token_ids)
         self._end_tokens = frozenset() if params.ignore_eos else end_tokens
         self._pending: list[Chosen] = []
+
+    @property
+    def pages(self) -> list[int]:
+        """Its pages in the layers that see farthest."""
+        return self.held[0].live if self.held else []
 
     @property
     def output_tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tqai.config import CacheConfig
 from tqai.core.page import PAGE_TOKENS
@@ -11,8 +11,8 @@ from tqai.errors import ConfigError
 __all__ = ["EngineSettings", "default_cache", "refuses"]
 
 
-NOT_SERVED = ("offsets", "balance", "bits_budget", "compress_hidden", "compress_ffn", "compress_attn_logits")
-"""Fields of `CacheConfig` that make a page depend on more than its own 64 tokens, or change the model."""
+NOT_SERVED = ("bits_budget", "compress_hidden", "compress_ffn", "compress_attn_logits")
+"""Fields of `CacheConfig` that make the size of a page depend on the first prompt, or change the model."""
 
 
 def refuses(cache: CacheConfig) -> str | None:
@@ -44,7 +44,7 @@ class EngineSettings:
             running request is at most one such step and one decode step.
         max_kv_bytes: size of the page pool; None takes it from the free memory.
         max_model_len: most tokens of prompt and output together; None: what the model's positions reach.
-        prefix_caching: share complete chunks of pages between requests. Needs a window of 0 tokens.
+        prefix_caching: share complete chunks of pages between requests.
         seed: seed of requests that bring none, combined with the request's number.
 
     Raises:
@@ -85,11 +85,10 @@ class EngineSettings:
             reason = refuses(self.cache)
             if reason is not None:
                 raise ConfigError(reason)
-            if self.cache.last_layer_bits is not None:
-                raise ConfigError(
-                    f"last_layer_bits={self.cache.last_layer_bits!r}: the engine wants layer_bits, which "
-                    "CacheConfig.by_layer(number of layers) makes of it"
-                )
+
+    def for_layers(self, layers: int) -> EngineSettings:
+        """The same for a model of so many layers: `last_layer_bits` written out."""
+        return self if self.cache is None else replace(self, cache=self.cache.by_layer(layers))
 
     @property
     def sink_tokens(self) -> int:
@@ -100,12 +99,6 @@ class EngineSettings:
     def window_tokens(self) -> int:
         """Least number of newest tokens that stay exact."""
         return 0 if self.cache is None else self.cache.window_tokens
-
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether prefixes are shared. With a window the state after a chunk is more than its pages, so
-        they are not."""
-        return self.prefix_caching and self.window_tokens == 0
 
     def cache_of(self, layer: int) -> CacheConfig | None:
         """The cache configuration of one layer; None where pages are uncompressed."""
