@@ -300,7 +300,8 @@ class CompressedLayer(LayerReading):
         self._drop_out_of_sight(force=False)
 
     def _fills_a_page(self, count: int) -> bool:
-        return count >= PAGE_TOKENS + self.config.window_tokens + self.sink_tokens
+        to_come = self.sink_tokens - (0 if self.sinks is None else self.sinks.keys.shape[2])
+        return count >= PAGE_TOKENS + self.config.window_tokens + to_come
 
     def _wait(self, recent: ExactTokens, in_window: bool) -> None:
         """Keep `recent` exact while the bits are open, or the first query is to come."""
