@@ -44,7 +44,8 @@ typedef struct {
 static inline int tqai_trellis_nibbles(int bits, int state_bits, int u) { return (bits * u % 4 + state_bits + bits + 3) / 4; }
 
 static inline int tqai_trellis_direct(int bits, int state_bits, int u) {
-    if (state_bits != 6 || (bits == 2 && u % 2)) return -1;
+    if (state_bits == 8) return bits == 1 && u % 4 == 3 ? 2 : 1;
+    if (bits == 2 && u % 2) return -1;
     return (bits * u % 4 + state_bits + bits) / 4 - 1; /* the last whole one */
 }
 

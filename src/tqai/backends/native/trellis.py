@@ -115,7 +115,10 @@ def nibbles_of(bits: int, state_bits: int, u: int) -> tuple[int, int, int]:
     and which of them maps to itself (-1: none). As in csrc/trellis.h."""
     shift = bits * u % 4
     end = shift + state_bits + bits
-    direct = -1 if state_bits != 6 or (bits == 2 and u % 2) else end // 4 - 1
+    if state_bits == 8:
+        direct = 2 if bits == 1 and u % 4 == 3 else 1
+    else:
+        direct = -1 if bits == 2 and u % 2 else end // 4 - 1
     return shift, -(-end // 4), direct
 
 
