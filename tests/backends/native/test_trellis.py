@@ -172,7 +172,7 @@ def test_maps_of_nibbles_lead_to_the_level_of_a_window(state_bits, bits):
     )
     for u in range(8):
         shift, count, direct = nibbles_of(bits, state_bits, u)
-        assert (direct < 0) == (state_bits == 6 and bits == 2 and u % 2 == 1)  # two of its bits lead nowhere new
+        assert (direct < 0) == (state_bits == 6 and bits == 2 and u % 2 == 1)
         first = (bits * u - shift) // 4
         index = 0
         for j in range(count):
