@@ -139,7 +139,7 @@ INLINE __m256i look_up(const level_registers *r, const int bits, const __m256i *
 
 /* Indices of a page, buffer [head_dim][64 tokens]. */
 INLINE void key_indices(const tqai_codec *codec, const int bits, const int state_bits, const lookup_tables *tables,
-                        const uint8_t *in, const uint8_t *next, uint8_t *buffer) {
+                        const uint8_t *in, uint8_t *buffer) {
     const int dim = codec->head_dim, bytes = BYTES_AT_ONCE(bits), step = 8 * bytes / bits;
     const map_registers maps = load_maps(tables, bits, state_bits);
 #pragma GCC unroll 1
@@ -151,7 +151,6 @@ INLINE void key_indices(const tqai_codec *codec, const int bits, const int state
         for (int i = 0; i < dim; i += step) {
 #pragma GCC unroll 3
             for (int k = 1; k <= bytes; k++) {
-                if (half) _mm_prefetch((const char *)next + (from - in), _MM_HINT_T1);
                 from = k == bytes && i + step >= dim ? in + 32 * half : from + 64;
                 part_nibbles(_mm256_loadu_si256((const __m256i *)from), nibble + 2 * k);
             }
@@ -162,11 +161,17 @@ INLINE void key_indices(const tqai_codec *codec, const int bits, const int state
     }
 }
 
+/* Prefetch as much of `next` as the lookups have come on: evenly, as it has to come from memory. `at` bytes, and
+ * `step` more with these, of as many 1-bit codes have been looked up. */
+INLINE void prefetch_evenly(const uint8_t *next, const int bits, int at, int step) {
+    if (bits * at % 64 < bits * step) _mm_prefetch((const char *)next + bits * at / 64 * 64, _MM_HINT_T1);
+}
+
 /* Levels of a page, buffer [head_dim / 2][COLUMNS][32]; column 2 upper + half. */
 INLINE void key_levels(const tqai_codec *codec, const int bits, const int state_bits, const lookup_tables *tables,
                        const uint8_t *in, const uint8_t *next, uint8_t *buffer) {
     const int dim = codec->head_dim, classes = classes_of(bits);
-    key_indices(codec, bits, state_bits, tables, in, next, buffer);
+    key_indices(codec, bits, state_bits, tables, in, buffer);
 #pragma GCC unroll 2
     for (int c = 0; c < classes; c += 2) {
         const level_registers a = load_levels_of(tables, bits, c), b = bits == 4 ? a : load_levels_of(tables, bits, c + 1);
@@ -175,6 +180,7 @@ INLINE void key_levels(const tqai_codec *codec, const int bits, const int state_
 #pragma GCC unroll 1
             for (int half = 0; half < 2; half++) {
                 __m256i *at = (__m256i *)(buffer + 64 * i) + half;
+                prefetch_evenly(next, bits, 8 * (i + half), 8);
                 const __m256i one = look_up(&a, bits, at), two = look_up(&b, bits, at + 2);
                 at[0] = _mm256_unpacklo_epi16(one, two);
                 at[2] = _mm256_unpackhi_epi16(one, two);
@@ -198,7 +204,7 @@ INLINE int columns_of(const int bits) { return bits == 3 ? 8 : 8 / bits; }
 
 /* Indices of a page, buffer [groups][columns_of(bits)][8 h][32]: byte 8 q + v is token 8 h + v, dim 4 columns * group + columns * q + c. */
 INLINE void value_indices(const tqai_codec *codec, const int bits, const int state_bits, const lookup_tables *tables,
-                          const uint8_t *in, const uint8_t *next, uint8_t *buffer) {
+                          const uint8_t *in, uint8_t *buffer) {
     const int bytes = BYTES_AT_ONCE(bits), row_bytes = tqai_trellis_row_bytes(codec);
     const int columns = columns_of(bits), places = 4 * bytes;
     const int groups = (row_bytes + places - 1) / places, last = places * (groups - 1);
@@ -220,8 +226,6 @@ INLINE void value_indices(const tqai_codec *codec, const int bits, const int sta
             __m256i nibble[8];
 #pragma GCC unroll 4
             for (int k = 0; k <= bytes; k++) part_nibbles(four_places(from, bits, k), nibble + 2 * k);
-            if (h % 2 == 0) _mm_prefetch((const char *)next + 8 * places * (4 * group + h / 2), _MM_HINT_T1);
-            if (h % 2 == 0 && bits == 3) _mm_prefetch((const char *)next + 8 * places * (4 * group + h / 2) + 64, _MM_HINT_T1);
             store_indices(&maps, bits, state_bits, nibble, buffer + 32 * h, 32 * 8);
         }
     }
@@ -231,7 +235,7 @@ INLINE void value_indices(const tqai_codec *codec, const int bits, const int sta
 INLINE void value_levels(const tqai_codec *codec, const int bits, const int state_bits, const lookup_tables *tables,
                          const uint8_t *in, const uint8_t *next, uint8_t *buffer) {
     const int of_group = 4 * columns_of(bits), columns = (codec->head_dim + of_group - 1) / of_group * columns_of(bits);
-    value_indices(codec, bits, state_bits, tables, in, next, buffer);
+    value_indices(codec, bits, state_bits, tables, in, buffer);
 #pragma GCC unroll 4
     for (int same = 0; same < classes_of(bits); same++) {
         const level_registers r = load_levels_of(tables, bits, same);
@@ -239,7 +243,10 @@ INLINE void value_levels(const tqai_codec *codec, const int bits, const int stat
         for (int c = same; c < columns; c += classes_of(bits)) {
             __m256i *at = (__m256i *)(buffer + 32 * 8 * c);
 #pragma GCC unroll 2
-            for (int h = 0; h < 8; h++) at[h] = look_up(&r, bits, at + h);
+            for (int h = 0; h < 8; h++) {
+                prefetch_evenly(next, bits, 4 * (8 * c + h), 4);
+                at[h] = look_up(&r, bits, at + h);
+            }
         }
     }
 }
