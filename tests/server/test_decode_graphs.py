@@ -4,6 +4,7 @@ import pytest
 import torch
 from engine_runs import finished, request, run
 
+import tqai.cache.balance
 from tqai.config import CacheConfig
 from tqai.server.engine.decode_graphs import DecodeGraphs, SlotStep, graph_rows
 from tqai.server.engine.decode_step import DecodeRow
@@ -50,12 +51,17 @@ def use_replays(engine):
 
 @pytest.mark.parametrize(
     "cache",
-    [None, CacheConfig(backend="torch", sink_tokens=5)],
-    ids=["uncompressed", "codes"],
+    [
+        None,
+        CacheConfig(backend="torch", sink_tokens=5),
+        CacheConfig(backend="torch", sink_tokens=3, residual_window=20, offsets="on", balance="auto"),
+    ],
+    ids=["uncompressed", "codes", "window and offsets"],
 )
-def test_requests_come_and_go_in_a_step_that_stays(make_engine, document_ids, cache):
+def test_requests_come_and_go_in_a_step_that_stays(make_engine, document_ids, monkeypatch, cache):
     """Prompts of all kinds of length, of different output lengths, more than run at a time, with pages
     completed on the way; the same tokens as from steps that are made anew."""
+    monkeypatch.setattr(tqai.cache.balance, "MOST_LEFT", 2.0)
     lengths = (1, 6, 63, 64, 69, 130, 2, 20, 62)
     wanted = [
         request(document_ids[31 * n : 31 * n + length], max_tokens=3 + 20 * (n % 2), ignore_eos=True)
@@ -103,6 +109,9 @@ def test_a_table_that_is_too_narrow_is_left_alone(make_engine, document_ids):
         graphs = use_replays(engine)
         rows = [row(64 * (ROOM + 1), list(range(ROOM + 1)))]
         assert graphs.run(rows, [5]) is None and not graphs.replays
+        full = [row(64 * ROOM, list(range(ROOM)))]
+        assert graphs.run(full, [5]) is not None and graphs.replays == [4]
+        graphs.replays.clear()
         many = [row(0, [])] * 9
         assert graphs.run(many, [5] * 9) is None and not graphs.replays
 
