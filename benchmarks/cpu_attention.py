@@ -143,17 +143,17 @@ def error_of(found, wanted):
 
 def interleaved(calls, budget_s):
     """Times in ms of every call, taken in turns so that all see the same noise. Formulations of torch that
-    are three times slower than its fastest after seven turns are left out of further ones."""
+    are six times slower than its fastest after two turns, or three times after seven, get no further ones."""
     times = {name: [] for name in calls}
     for call in calls.values():
         call()
     end, turns, calls = time.perf_counter() + budget_s, 0, dict(calls)
     while time.perf_counter() < end or turns < 15:
         turns += 1
-        if turns == 8:
+        if turns in (3, 8):
             medians = {name: statistics.median(x) for name, x in times.items() if name.startswith("torch")}
             for name, median in medians.items():
-                if median > 3 * min(medians.values()):
+                if name in calls and median > (6 if turns == 3 else 3) * min(medians.values()):
                     del calls[name]
         for name, call in calls.items():
             call()  # the second of two in a row: threads awake, as within a model
@@ -177,14 +177,14 @@ def read_bandwidth(size_bytes=1 << 28):
     return size_bytes / min(times)
 
 
-def at_length(backend, isas, pairs, tokens, budget_s):
+def at_length(backend, isas, pairs, tokens, budget_s, with_flex):
     query = torch.randn(1, KV_HEADS * GROUP, 1, DIM, generator=torch.Generator().manual_seed(2))
     calls, bytes_held, errors = {}, {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         paths, torch_query, keys, values = torch_paths(dtype, tokens)
         wanted = attention64(torch_query, keys.double(), values.double())
-        flex, why_not = flex_path(torch_query, keys, values)
+        flex, why_not = flex_path(torch_query, keys, values) if with_flex else (None, "left out")
         if flex is None:
             print(f"no flex attention: {why_not}")
         else:
@@ -224,14 +224,14 @@ def at_length(backend, isas, pairs, tokens, budget_s):
     return times
 
 
-def compute_us_per_page(backend, isas):
+def compute_us_per_page(backend, isas, pairs):
     """Microseconds that one thread computes for a page of 64 tokens of one KV head, codes in the caches: what
     16 pages more cost it, the least of many."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     query = torch.randn(1, KV_HEADS * GROUP, 1, DIM)
     costs = {}
-    for pair in PAIRS:
+    for pair in pairs:
         short, long = (packed(backend, pair, tokens, query)[0] for tokens in (512, 1536))
         for isa in isas:
             assert backend.use_isa(isa)
@@ -248,7 +248,7 @@ def compute_us_per_page(backend, isas):
     return costs
 
 
-def encode_rates(backend, isas):
+def encode_rates(backend, isas, pairs):
     """MB of float32 input per second and core, one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -256,7 +256,7 @@ def encode_rates(backend, isas):
     rows = [torch.randn(8, KV_HEADS, PAGE_TOKENS, DIM) for _ in range(2)]
     for isa in isas:
         assert backend.use_isa(isa)
-        for bits_k, bits_v in PAIRS:
+        for bits_k, bits_v in pairs:
             page_format = page_format_for(CacheConfig(bits_k=bits_k, bits_v=bits_v), DIM, DIM)
             out = torch.empty(8, KV_HEADS, page_format.page_bytes, dtype=torch.uint8)
             times = []
@@ -315,9 +315,19 @@ def plot(result, path):
     figure.savefig(path, metadata={"Date": None})
 
 
+def pair_of(text):
+    """(4, 2) of "4/2"."""
+    keys, values = text.split("/")
+    return int(keys), int(values)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens")
+    parser.add_argument(
+        "--pairs", type=pair_of, nargs="+", default=PAIRS, help="bits of keys and values: 4/2"
+    )
+    parser.add_argument("--no-flex", action="store_true", help="leave out flex attention, which is compiled")
     parser.add_argument("--budget", type=float, default=8.0, help="seconds per length")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_attention.json")
     parser.add_argument("--commit", help="what is measured, where there is no git history")
@@ -344,13 +354,13 @@ def main() -> None:
             "new_tokens": 1,
         },
         "read_bytes_per_s": read_bandwidth(),
-        "encode_MB_per_s_per_core": encode_rates(backend, isas),
-        "compute_us_per_page": compute_us_per_page(backend, isas),
+        "encode_MB_per_s_per_core": encode_rates(backend, isas, options.pairs),
+        "compute_us_per_page": compute_us_per_page(backend, isas, options.pairs),
         "lengths": {},
         "ggml_elsewhere_over_here": {},
     }
     for tokens in options.lengths:
-        times = at_length(backend, isas, PAIRS, tokens, options.budget)
+        times = at_length(backend, isas, options.pairs, tokens, options.budget, not options.no_flex)
         result["lengths"][tokens] = times
         if tokens in (4096, 32768, 131072):
             result["ggml_elsewhere_over_here"][tokens] = ggml_ratios(tokens, times)

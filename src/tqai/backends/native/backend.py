@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from tqai.backends.native.checks import (
 )
 from tqai.backends.native.library import load_library
 from tqai.backends.native.order import from_row_codes, reordered, to_row_codes
-from tqai.backends.native.structs import AttendArgs, Source, native_format, refusal
+from tqai.backends.native.structs import AttendArgs, Source, native_format, pack_attend_args, refusal
 from tqai.backends.native.team import gomp_parallel
 from tqai.backends.torch_ops.attention import within_counts
 from tqai.core.page import CanonicalPages, PageFormat, pages_from_bytes, pages_to_bytes
@@ -30,6 +29,8 @@ __all__ = ["NativeBackend"]
 
 MAX_NEW_TOKENS = 16
 """Longer queries attend to their own tokens through torch, whose matrix products are faster there."""
+
+NO_EXACT = (0,) * 12
 
 
 class NativeBackend:
@@ -159,55 +160,59 @@ class NativeBackend:
     ) -> Attended:
         """One native call; arguments are checked. Without `recent`, `kv_heads` says how many."""
         try:
-            args: Any = self._local.args
+            args, packed = self._local.args
         except AttributeError:
-            args = self._local.args = AttendArgs()
+            packed = bytearray(ctypes.sizeof(AttendArgs))
+            args = AttendArgs.from_buffer(packed)
+            self._local.args = args, packed
         batch, query_heads, new_tokens, _ = query.shape
         if query.stride(3) != 1:
             query = query.contiguous()
         out = query.new_empty((batch, query_heads, new_tokens, history.page_format.value.spec.head_dim))
         lse = torch.empty((batch, query_heads, new_tokens), dtype=torch.float32)
-        kept = [_set_exact(args.exact[0], sinks, 0)]
-        column = args.exact[0].tokens + history.tokens
-        kept.append(_set_exact(args.exact[1], recent, column))
+        first, first_kept = _exact_fields(sinks, 0)
+        own, own_kept = _exact_fields(recent, first[8] + history.tokens)
         if recent is not None:
             kv_heads = recent.keys.shape[1]
-        addresses = history.addresses
-        args.format = native_format(history.page_format).address
-        args.pages = pages = history.pages
-        if pages:
-            args.addresses = addresses.data_ptr()
-            args.address_stride = addresses.stride(0)
-        counts = history.counts
-        args.counts = None if counts is None else counts.data_ptr()
-        args.first_token = history.first_token
-        args.query = query.data_ptr()
-        args.query_strides[:] = query.stride()[:3]
-        args.query_dtype = DTYPE_CODES[query.dtype]
-        args.out = out.data_ptr()
-        args.lse = lse.data_ptr()
-        if mask is None:
-            args.mask = None
-            args.causal = 1
-        else:
-            args.mask = mask.data_ptr()
+        pages, counts = history.pages, history.counts
+        mask_fields = (0, 0, 0, 0, 0)
+        if mask is not None:
             strides = mask.stride()
-            args.mask_strides[:] = (
+            mask_fields = (
+                mask.data_ptr(),
                 strides[0] if mask.shape[0] > 1 else 0,
                 strides[1] if mask.shape[1] > 1 else 0,
                 strides[2],
                 strides[3],
             )
-            args.causal = 0
-        args.batch = batch
-        args.kv_heads = kv_heads
-        args.group = query_heads // kv_heads
-        args.new_tokens = new_tokens
-        args.threads = torch.get_num_threads()
-        args.scaling = scaling
-        args.softcap = softcap or 0.0
+        pack_attend_args(
+            packed,
+            0,
+            native_format(history.page_format).address,
+            history.addresses.data_ptr() if pages else 0,
+            history.addresses.stride(0) if pages else 0,
+            0 if counts is None else counts.data_ptr(),
+            query.data_ptr(),
+            *query.stride()[:3],
+            out.data_ptr(),
+            lse.data_ptr(),
+            *mask_fields,
+            *first,
+            *own,
+            batch,
+            kv_heads,
+            query_heads // kv_heads,
+            new_tokens,
+            pages,
+            history.first_token,
+            DTYPE_CODES[query.dtype],
+            torch.get_num_threads(),
+            mask is None,
+            scaling,
+            softcap or 0.0,
+        )
         code = self._attend(args)
-        del kept
+        del first_kept, own_kept
         if code:
             raise_refusal(code)
         return Attended(out, lse)
@@ -259,18 +264,21 @@ def _source(tensor: Tensor) -> Source:
     return Source(tensor.data_ptr(), (ctypes.c_int64 * 3)(*tensor.stride()[:3]), DTYPE_CODES[tensor.dtype])
 
 
-def _set_exact(target: Any, exact: ExactTokens | None, column: int) -> tuple[Tensor, Tensor] | None:
-    """Fill in one `tqai_exact`; what must outlive the call is returned."""
+def _exact_fields(
+    exact: ExactTokens | None, column: int
+) -> tuple[tuple[int, ...], tuple[Tensor, Tensor] | None]:
+    """The fields of one `tqai_exact`, and what must outlive the call."""
     if exact is None or exact.keys.shape[2] == 0:
-        target.tokens = 0
-        return None
+        return NO_EXACT, None
     keys, values = _dense_last(exact.keys), _dense_last(exact.values)
-    target.keys = keys.data_ptr()
-    target.values = values.data_ptr()
-    target.key_strides[:] = keys.stride()[:3]
-    target.value_strides[:] = values.stride()[:3]
-    target.tokens = keys.shape[2]
-    target.key_dtype = DTYPE_CODES[keys.dtype]
-    target.value_dtype = DTYPE_CODES[values.dtype]
-    target.first_column = column
-    return keys, values
+    fields = (
+        keys.data_ptr(),
+        values.data_ptr(),
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        keys.shape[2],
+        DTYPE_CODES[keys.dtype],
+        DTYPE_CODES[values.dtype],
+        column,
+    )
+    return fields, (keys, values)

@@ -40,7 +40,7 @@ def check_attend(
 ) -> None:
     """Raises InputError where an argument of `attend` has a wrong shape, dtype, device or length."""
     page_format, addresses = history.page_format, history.addresses
-    if query.dim() != 4 or query.dtype not in DTYPE_CODES or query.device.type != "cpu":
+    if query.dim() != 4 or query.dtype not in DTYPE_CODES or not query.is_cpu:
         _refuse("query", query, "4 axes of float32, bfloat16 or float16 on the CPU")
     batch, query_heads, new_tokens, head_dim = query.shape
     if head_dim != page_format.key.spec.head_dim or new_tokens < 1 or batch < 1:
@@ -57,14 +57,14 @@ def check_attend(
     if not 0 <= history.first_token < PAGE_TOKENS:
         raise InputError(f"first_token={history.first_token}: allowed are 0 to {PAGE_TOKENS - 1}")
     if pages:
-        if addresses.dtype != torch.int64 or addresses.device.type != "cpu" or addresses.dim() != 2:
+        if addresses.dtype != torch.int64 or not addresses.is_cpu or addresses.dim() != 2:
             _refuse("addresses", addresses, "[batch, pages or more] of int64 on the CPU")
         if addresses.shape[0] != batch or addresses.shape[1] < pages or addresses.stride(1) != 1:
             _refuse("addresses", addresses, f"[{batch}, {pages} or more], rows dense")
         counts = history.counts
         if counts is not None and (
             counts.dtype != torch.int32
-            or counts.device.type != "cpu"
+            or not counts.is_cpu
             or counts.shape != (batch,)
             or not counts.is_contiguous()
         ):
@@ -78,7 +78,7 @@ def check_attend(
                 _refuse("a slab", slab, f"dense uint8 [pages, {kv_heads}, {page_format.page_bytes}]")
     if mask is not None:
         tokens = history.tokens + recent.keys.shape[2] + (0 if sinks is None else sinks.keys.shape[2])
-        if mask.dtype != torch.bool or mask.dim() != 4 or mask.device.type != "cpu":
+        if mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu:
             _refuse("mask", mask, "4 axes of bool on the CPU")
         if (
             mask.shape[0] not in (1, batch)
@@ -94,13 +94,12 @@ def check_attend(
 def check_exact(name: str, exact: ExactTokens, page_format: PageFormat, batch: int, kv_heads: int) -> None:
     """Raises InputError where exact tokens do not fit the page format."""
     keys, values = exact
+    tokens = keys.shape[2] if keys.dim() == 4 else 0
     for side, tensor, codec in (("keys", keys, page_format.key), ("values", values, page_format.value)):
-        if tensor.dtype not in DTYPE_CODES or tensor.device.type != "cpu" or tensor.dim() != 4:
+        if tensor.dtype not in DTYPE_CODES or not tensor.is_cpu or tensor.dim() != 4:
             _refuse(f"{name} {side}", tensor, "4 axes of float32, bfloat16 or float16 on the CPU")
-        if tensor.shape != (batch, kv_heads, keys.shape[2], codec.spec.head_dim):
-            _refuse(
-                f"{name} {side}", tensor, f"[{batch}, {kv_heads}, {keys.shape[2]}, {codec.spec.head_dim}]"
-            )
+        if tensor.shape != (batch, kv_heads, tokens, codec.spec.head_dim):
+            _refuse(f"{name} {side}", tensor, f"[{batch}, {kv_heads}, {tokens}, {codec.spec.head_dim}]")
 
 
 def check_pages(keys: Tensor, values: Tensor, page_format: PageFormat, out: Tensor) -> None:
@@ -111,17 +110,17 @@ def check_pages(keys: Tensor, values: Tensor, page_format: PageFormat, out: Tens
     for name, tensor, codec in (("keys", keys, page_format.key), ("values", values, page_format.value)):
         if tensor.shape != (*lead, PAGE_TOKENS, codec.spec.head_dim):
             _refuse(name, tensor, f"[{lead[0]}, {lead[1]}, {PAGE_TOKENS}, {codec.spec.head_dim}]")
-        if tensor.dtype not in DTYPE_CODES or tensor.device.type != "cpu":
+        if tensor.dtype not in DTYPE_CODES or not tensor.is_cpu:
             _refuse(name, tensor, "float32, bfloat16 or float16 on the CPU")
     if out.shape != (*lead, page_format.page_bytes) or out.dtype != torch.uint8 or not out.is_contiguous():
         _refuse("out", out, f"dense uint8 [{lead[0]}, {lead[1]}, {page_format.page_bytes}]")
-    if out.device.type != "cpu" or out.data_ptr() % 2:
+    if not out.is_cpu or out.data_ptr() % 2:
         raise InputError("out does not lie on the CPU at an even address")
 
 
 def check_raw(raw: Tensor, page_format: PageFormat, dtype: torch.dtype) -> None:
     """Raises InputError where the arguments of `decode` do not fit the page format."""
-    if raw.dtype != torch.uint8 or raw.device.type != "cpu" or raw.dim() < 1:
+    if raw.dtype != torch.uint8 or not raw.is_cpu or raw.dim() < 1:
         _refuse("raw pages", raw, "uint8 on the CPU")
     if raw.shape[-1] != page_format.page_bytes:
         _refuse("raw pages", raw, f"[..., {page_format.page_bytes}]")

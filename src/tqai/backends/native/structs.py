@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,16 @@ from tqai.core.page import PageFormat
 from tqai.core.rotation import hadamard_signs
 from tqai.core.trellis import TrellisCodec
 
-__all__ = ["AttendArgs", "Exact", "NativeFormat", "PageFormatStruct", "Source", "native_format", "refusal"]
+__all__ = [
+    "AttendArgs",
+    "Exact",
+    "NativeFormat",
+    "PageFormatStruct",
+    "Source",
+    "native_format",
+    "pack_attend_args",
+    "refusal",
+]
 
 SERVED_BITS = (2, 3, 4, 8)
 MAX_HEAD_DIM = 256
@@ -113,6 +123,10 @@ class AttendArgs(ctypes.Structure):
         ("scaling", _f32),
         ("softcap", _f32),
     ]
+
+
+pack_attend_args = Struct("@PPqPP3qPPP4q" + 2 * "PP3q3q4i" + "9i2f").pack_into
+"""Writes all fields of an `AttendArgs` at once, those of its arrays one by one, null as 0."""
 
 
 class Source(ctypes.Structure):
