@@ -23,6 +23,7 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct Index { int x, y, z; };
@@ -91,6 +92,9 @@ template <class T> static T taken_from(T x, int lane, const Given* all) { T out;
 template <class T> static T __shfl_xor_sync(unsigned, T x, int with) { const int l = own_lane(); return taken_from(x, l ^ with, meet({{bits_of(x)}})); }
 template <class T> static T __shfl_up_sync(unsigned, T x, int by) { const int l = own_lane(); return taken_from(x, l < by ? l : l - by, meet({{bits_of(x)}})); }
 static int __shfl_sync(unsigned, int x, int from) { return taken_from(x, from & 31, meet({{(unsigned)x}})); }
+static unsigned __shfl_sync(unsigned, unsigned x, int from) { return taken_from((int)x, from & 31, meet({{x}})); }
+static unsigned __funnelshift_r(unsigned low, unsigned high, unsigned by) { return (unsigned)(((unsigned long long)high << 32 | low) >> (by & 31)); }
+template <class T> static T __ldg(const T* p) { return *p; }
 static long long __shfl_sync(unsigned, long long x, int from) {
     const Given& got = meet({{(unsigned)x, (unsigned)(x >> 32)}})[from & 31];
     return (long long)((unsigned long long)got.word[1] << 32 | got.word[0]);
@@ -158,6 +162,8 @@ static void fetch_bytes(unsigned char* stage, const unsigned char* page, unsigne
     if (hasty) land(bar);
 }
 #define fetch_page(stage, page, bar, lane) fetch_bytes(stage, page, bar, lane, PAGE_BYTES)
+#define fetch_keys(stage, page, bar, lane) fetch_bytes(stage, page, bar, lane, V_CODES_AT)
+#define fetch_values(stage, page, bar, lane) fetch_bytes((stage) + V_CODES_AT, (page) + V_CODES_AT, bar, lane, PAGE_BYTES - V_CODES_AT)
 static void no_fetch() {}
 static void release_buffer() {}
 static void await_page(unsigned long long* bar, unsigned parity) {

@@ -24,12 +24,22 @@ BODIES = {
     "sum_of_warp": "return warp_sum(n);",
     "exp2_fast": "return exp2f(x);",
     "rcp_fast": "return 1.0f / x;",
-    "shared_address": "abort();",
+    "shared_address": "return (u32)((const u8*)p - blocks[block_number()].shared);",
     "permute": "return permuted(a, b, selector, true);",
     "mma_s8s8": "multiply<true, false>(d, a0, a1, a2, a3, b0, b1);",
     "mma_s8s8_half": "multiply<false, false>(d, a0, a1, 0, 0, b0, 0);",
     "mma_s8u8": "multiply<true, true>(d, a0, a1, a2, a3, b0, b1);",
 }
+TRELLIS_FILES = ("trellis_lookup.cuh", "trellis_queries.cuh", "trellis_page.cuh")
+TRELLIS_BODIES = {
+    "multiply_add": "return fmaf(a, b, c);",
+    "load_shared": "return *(const u32*)(blocks[block_number()].shared + address);",
+    "either": "return (a & mask) | (b & ~mask);",
+    "differing": "return (a ^ b) & mask;",
+    "mma_tf32": "abort();",
+    "mma_bf16": "abort();",
+}
+"""Of trellis codes only what reads split tables: products of floats are not emulated."""
 STATEMENTS = {
     r'asm volatile\("mov\.s32 .*?"=r"\(hides\)\);': "hides = 0;",
     r'asm volatile\("st\.relaxed.*?;\n': "*(float2*)to = {sendable(v.x), sendable(v.y)}; ++moves;\n",
@@ -59,13 +69,14 @@ def built(name: str, macros: dict[str, int], directory: Path) -> ctypes.CDLL:
     library = directory / f"{name}-{abs(hash(tuple(sorted(macros.items()))))}.so"
     if not library.exists():
         text = compiling.source(name)
-        for other in ("transport.cuh", "trellis_lookup.cuh", "trellis_queries.cuh", "trellis_page.cuh"):
+        trellis = "TRELLIS" in macros
+        for other in ("transport.cuh", *(() if trellis else TRELLIS_FILES)):
             text = text.replace(compiling.source(other), "")
         text, count = re.subn(
             r"extern __shared__ .* u8 smem\[\];", "u8* smem = blocks[block_number()].shared;", text
         )
         assert count == 1
-        for function, body in BODIES.items():
+        for function, body in (BODIES | (TRELLIS_BODIES if trellis else {})).items():
             pattern = re.compile(
                 rf"(__forceinline__ \w+ {function}\([^)]*(?:\)\[4\][^)]*)?\) {{).*?\n?}}\n", re.DOTALL
             )

@@ -47,6 +47,16 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     }
     return out;
 }
+// Products of halves are exact in float32, and sums all but exact: rounded once.
+template <class Operation>
+unsigned of_halves(unsigned a, unsigned b, Operation operation) {
+    unsigned out = 0;
+    for (int i = 0; i < 32; i += 16) {
+        const float x = __builtin_bit_cast(_Float16, (uint16_t)(a >> i)), y = __builtin_bit_cast(_Float16, (uint16_t)(b >> i));
+        out |= (unsigned)__builtin_bit_cast(uint16_t, (_Float16)operation(x, y)) << i;
+    }
+    return out;
+}
 
 // ---- The lanes. Each runs until it exchanges something; then the next one, until all have come so far.
 static ucontext_t host, lanes[32];

@@ -60,15 +60,23 @@ extern "C" int run(const void* params, unsigned char* shared, int blocks) {
 """
 
 
-def built(name: str, macros: dict[str, int], params: str, entry: str, directory: Path) -> ctypes.CDLL:
-    """The library of a kernel file with a function `run(params, shared memory, blocks)`."""
+def built(
+    name: str,
+    macros: dict[str, int],
+    params: str,
+    entry: str,
+    directory: Path,
+    replaced: dict[str, str] | None = None,
+) -> ctypes.CDLL:
+    """The library of a kernel file with a function `run(params, shared memory, blocks)`; `replaced` are the
+    bodies of functions that this file alone has."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     text = compiling.source(name).replace(
         "extern __shared__ __align__(128) u8 smem[]", "u8* smem = emulated_shared"
     )
-    for function, body in REPLACED.items():
+    for function, body in (REPLACED | (replaced or {})).items():
         pattern = re.compile(rf"(__forceinline__ \w+ {function}\([^)]*\) {{\n).*?\n}}", re.DOTALL)
         text, count = pattern.subn(lambda m, body=body: m.group(1) + body + "\n}", text)
         assert count == 1, function

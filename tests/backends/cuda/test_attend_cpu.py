@@ -82,7 +82,9 @@ class Case:
     recent: Exact
     first_token: int
 
-    def run(self, mask=None, scaling=0.125, softcap=None, page_counts=None, counts=None, **launch):
+    def run(
+        self, mask=None, scaling=0.125, softcap=None, page_counts=None, counts=None, shape=SMALL, **launch
+    ):
         return attend_pages(
             *(self.query, self.page_format, self.addresses, self.addresses.shape[1] - 2, scaling),
             page_counts=page_counts,
@@ -92,7 +94,7 @@ class Case:
             mask=mask,
             softcap=softcap,
             out_dtype=torch.float32,
-            shape=SMALL,
+            shape=shape,
             **launch,
         )
 
@@ -132,9 +134,10 @@ def make_case(
     sinks=3,
     first=0,
     scale=1.0,
+    codec="scalar",
 ):
     generator = np.random.default_rng(7)
-    page_format = PageFormat(*(make_codec(CodecSpec("scalar", dim, b)) for b in bits))
+    page_format = PageFormat(*(make_codec(CodecSpec(codec, dim, b)) for b in bits))
     shape = (batch, max(pages, 1), kv_heads, 64, dim)
     both = [generator.standard_normal(shape).astype(np.float32) for _ in range(2)]
     encoded = [c.encode(x) for c, x in zip((page_format.key, page_format.value), both, strict=True)]

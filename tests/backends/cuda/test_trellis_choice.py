@@ -23,8 +23,8 @@ def called(monkeypatch):
     return names
 
 
-def encode(name="trellis"):
-    codec = make_codec(CodecSpec(name, 128, 3))
+def encode():
+    codec = make_codec(CodecSpec("trellis", 128, 3))
     trellis_codes.encode_trellis_pages(VECTORS, VECTORS, PageFormat(codec, codec), VECTORS)
 
 
@@ -45,8 +45,3 @@ def test_while_a_stream_is_captured_nothing_is_compared(called, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     encode()
     assert called == ["_encode_by_torch", "_encode_by_kernel"]
-
-
-def test_256_states_are_encoded_by_torch(called):
-    encode("trellis256")
-    assert called == ["_encode_by_torch"]

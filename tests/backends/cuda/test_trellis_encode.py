@@ -11,31 +11,35 @@ from tests.backends.cuda.lanes import built, guarded, unharmed
 from tqai.backends.cuda.layout import plain_pages
 from tqai.backends.cuda.plan import rotation_plan
 from tqai.backends.cuda.trellis_encode import (
-    MOST,
-    UNITS,
     decision_bytes,
     encode_macros,
     encode_params,
     encode_shared_bytes,
+    less_levels,
 )
 from tqai.core.codec import CodecSpec, make_codec
 from tqai.core.page import PageFormat
+
+HALVES = {
+    "add_halves": "return of_halves(a, b, [](float x, float y) { return x + y; });",
+    "times_halves": "return of_halves(a, b, [](float x, float y) { return x * y; });",
+    "times_halves_below_one": "return of_halves(a, b, [](float x, float y) { return __saturatef(x * y); });",
+}
 
 
 def encoded_by_lanes(page_format, keys, values, directory, poison):
     """Pages uint8 `[pages, heads, page_bytes]` of float32 `[pages, heads, 64, dim]`, in one launch."""
     codec = page_format.key
     code, spec = codec.code, codec.spec
-    run = built(
-        "trellis_encode.cu", encode_macros(codec, "float32"), "TrellisParams", "tqai_encode", directory
-    )
+    macros = encode_macros(codec, "float32")
+    run = built("trellis_encode.cu", macros, "TrellisParams", "tqai_encode", directory, HALVES)
     pages, heads = keys.shape[:2]
     out = np.full((pages, heads, page_format.page_bytes), poison, dtype=np.uint8)
     params = encode_params(len(code.levels))()
     params.pages, params.page_bytes = out.ctypes.data, page_format.page_bytes
     params.heads, params.sides, params.items = heads, 2, 2 * pages * heads
     params.per_deviation = float(np.sqrt(spec.head_dim) / code.step)
-    params.levels[:] = (code.levels * np.float32(np.sqrt(UNITS[spec.bits] / MOST[spec.bits]))).tolist()
+    params.levels[:] = less_levels(codec)
     window_levels = code.window_levels.astype(np.float32)
     params.window_levels = window_levels.ctypes.data
     held = []
@@ -67,17 +71,25 @@ def squared_error(vectors, decoded):
 
 
 @pytest.mark.parametrize(
-    ("bits", "dim", "spec"),
-    [(3, 128, {}), (2, 80, {"rotation": "haar"}), (4, 64, {"scale": "norm"}), (1, 64, {})],
+    ("name", "bits", "dim", "spec"),
+    [
+        ("trellis", 3, 128, {}),
+        ("trellis", 2, 80, {"rotation": "haar"}),
+        ("trellis", 4, 64, {"scale": "norm"}),
+        ("trellis", 1, 64, {}),
+        ("trellis256", 3, 80, {"rotation": "haar"}),
+        ("trellis256", 4, 64, {}),
+    ],
 )
-def test_codes_are_as_good_as_those_of_core(tmp_path, bits, dim, spec):
-    codecs = [make_codec(CodecSpec("trellis", dim, bits, seed=seed, **spec)) for seed in (0, 1)]
+def test_codes_are_as_good_as_those_of_core(tmp_path, name, bits, dim, spec):
+    codecs = [make_codec(CodecSpec(name, dim, bits, seed=seed, **spec)) for seed in (0, 1)]
     page_format = PageFormat(*codecs)
     rng = np.random.default_rng(bits)
-    keys, values = (rng.standard_normal((1, 2, 64, dim)).astype(np.float32) for _ in range(2))
+    heads = 2 if name == "trellis" else 1
+    keys, values = (rng.standard_normal((1, heads, 64, dim)).astype(np.float32) for _ in range(2))
     values *= np.float32(1e20)
-    keys[0, 1, 3] = 0
-    keys[0, 1, 40, 5] = np.nan
+    keys[0, -1, 3] = 0
+    keys[0, -1, 40, 5] = np.nan
     values[0, 0, 63, 7] = -np.inf
     keys[0, 0, 31] *= np.float32(1e-25)
     raw = encoded_by_lanes(page_format, keys, values, tmp_path, 0xFF)
@@ -91,5 +103,5 @@ def test_codes_are_as_good_as_those_of_core(tmp_path, bits, dim, spec):
         usual = vectors[~special].astype(np.float64)
         found = squared_error(usual, codec.decode(mine)[~special])
         right = squared_error(usual, codec.decode(wanted)[~special])
-        # 126 vectors scatter by 0.05 to 0.2 %: the paths differ between near equals
-        assert abs(found / right - 1.0) < 3e-3
+        # 62 or 126 vectors scatter by 0.05 to 0.5 %: the paths differ between near equals
+        assert -6e-3 < found / right - 1.0 < 3e-3

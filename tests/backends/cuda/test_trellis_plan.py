@@ -37,7 +37,7 @@ def formats(bits_k, bits_v, key_dim=128, value_dim=None, name="trellis"):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_entries_are_the_levels_of_windows(name, bits):
     codec = make_codec(CodecSpec(name, 128, bits))
-    single, pair = table(codec, False), table(codec, True)
+    single, pair = table(codec, Form(False, 32)), table(codec, Form(True, 32))
     codes = np.random.default_rng(0).integers(0, 2**bits, (5, 128)).astype(np.uint8)
     windows = windows_of(codes, bits, codec.code.window_bits)
     wanted = codec.tables()["windows"][windows]
@@ -49,6 +49,21 @@ def test_entries_are_the_levels_of_windows(name, bits):
     second = (entries & np.uint32(0xFFFF0000)).view(np.float32)
     np.testing.assert_allclose(first * unit, wanted, rtol=1e-6)
     np.testing.assert_allclose(second * unit, np.roll(wanted, -1, -1), rtol=1e-6)
+
+
+def test_split_entries_have_both_levels_of_two_neighbours():
+    """Bits 1 to 10 of a pair's 12 are looked up; bits 0 and 3, and bits 8 and 11, say which of two it is."""
+    codec = make_codec(CodecSpec("trellis", 128, 3))
+    entries = table(codec, Form(False, 32, True)).view(np.int8).reshape(-1, 4)
+    codes = np.random.default_rng(0).integers(0, 8, (5, 128)).astype(np.uint8)
+    windows = windows_of(codes, 3, 9)
+    wide = windows | (np.roll(windows, -1, -1) >> 6) << 9
+    found = entries[wide >> 1 & 1023]
+    first = np.take_along_axis(found, ((wide ^ wide >> 3) & 1)[..., None], -1)[..., 0]
+    second = np.take_along_axis(found, 2 + ((wide >> 8 ^ wide >> 11) & 1)[..., None], -1)[..., 0]
+    wanted = codec.tables()["windows"][windows]
+    np.testing.assert_allclose(first * level_unit(codec), wanted, rtol=1e-6)
+    np.testing.assert_allclose(second * level_unit(codec), np.roll(wanted, -1, -1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("limit", [LIMIT, 166912, 101376])
@@ -69,8 +84,10 @@ def test_chosen_tables_leave_room_for_pages(bits_k, bits_v, name, limit):
 
 def test_equal_bits_share_a_table_and_use_pairs_where_they_fit():
     assert table_forms(formats(2, 2), LIMIT) == (Form(True, 32),) * 2
-    assert table_forms(formats(3, 3), LIMIT) == (Form(False, 32),) * 2
+    assert table_forms(formats(3, 3), LIMIT) == (Form(False, 32, True),) * 2
+    assert table_bytes(formats(3, 3), (Form(False, 32, True),) * 2) == 1024 * 32 * 4
     assert table_bytes(formats(3, 3), (Form(False, 32),) * 2) == 512 * 32 * 4
+    assert table_forms(formats(3, 3), 166912) == (Form(False, 32),) * 2
     assert table_bytes(formats(4, 4), table_forms(formats(4, 4), LIMIT)) == 1024 * 32 * 4
 
 
@@ -99,6 +116,7 @@ def test_sources_compile(tmp_path, arch, bits, dim, name):
         files = [
             ("attend_split.cu", split),
             ("trellis_encode.cu", encode_macros(page_format.key, "bfloat16")),
+            ("trellis_encode.cu", encode_macros(make_codec(CodecSpec("trellis256", dim, 3)), "bfloat16")),
         ]
     else:
         files = [("attend_line.cu", {**attention, "MASKED": 1}), ("trellis_decode.cu", macros)]

@@ -39,10 +39,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     place.col_group = head_group - place.kv_head * p.col_groups;
 
     u8* my_ring = m.ring + warp * STAGES * PAGE_BYTES;
-    u64* my_bars = m.bars + warp * STAGES;
+    u64* my_bars = m.bars + warp * BARS;
     u8* scratch = m.scratch + warp * SCRATCH_BYTES;
 #if BULK
-    if (lane < STAGES) make_barrier(my_bars + lane, 1);
+    if (lane < BARS) make_barrier(my_bars + lane, 1);
 #endif
     if (tid < 2) make_barrier(m.ready + tid, COLS);
     if (tid == 0) m.flag[1] = 0;  // parity of `ready`
@@ -66,8 +66,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     i64 next = warp + STAGES * WARPS < count ? addresses[warp + STAGES * WARPS] : 0;
     auto fetch = [&](int k) {
         const i64 page = __shfl_sync(FULL, mine, k);
+#if HALVES
+        if (page) fetch_keys(my_ring, (const u8*)(page + offset), my_bars, lane);
+        if (page) fetch_values(my_ring, (const u8*)(page + offset), my_bars + 1, lane);
+#else
         if (page) fetch_page(my_ring + k * PAGE_BYTES, (const u8*)(page + offset), my_bars + k, lane);
         else no_fetch();
+#endif
     };
     fetch(0);
     constants.keep(p, m, tid);
@@ -115,10 +120,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
 #ifdef STAMPS
         if (n == 0) { STAMP(4) }
 #endif
+#if HALVES
+        // The next page's keys come where this one's were while its values are taken, and the other way round.
+        take_page(p, m, q, r, buffer, mask, first + n, scratch, lane, [&] {
+            __syncwarp();
+            if (next) fetch_keys(buffer, (const u8*)(next + offset), my_bars, lane);
+            await_page(my_bars + 1, parity);
+        });
+#else
         take_page(p, m, q, r, buffer, mask, first + n, scratch, lane);
+#endif
         __syncwarp();
         if (next) {
+#if HALVES
+            fetch_values(buffer, (const u8*)(next + offset), my_bars + 1, lane);
+#else
             fetch_page(buffer, (const u8*)(next + offset), my_bars + stage, lane);
+#endif
             const int after = n + (STAGES + 1) * WARPS;
             next = after < count ? addresses[after] : 0;
         } else {

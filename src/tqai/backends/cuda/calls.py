@@ -107,7 +107,7 @@ class Prepared:
         self.table_bytes = table_bytes(self.format, forms)
         sides = (("k", self.format.key), ("v", self.format.value))
         for (side, codec), form in zip(sides, forms, strict=True):
-            entries = torch.from_numpy(table(codec, form.pair).view("int32").copy()).to(self.device)
+            entries = torch.from_numpy(table(codec, form).view("int32").copy()).to(self.device)
             setattr(self.sizes, f"lut_{side}", self._keep(entries))
             getattr(self.sizes, f"levels_{side}").coefficients[:] = (1.0, 0.0, level_unit(codec), 0.0)
 

@@ -29,10 +29,12 @@
 #if TRELLIS
 #include "trellis_params.cuh"
 #else
+#define HALVES 0
 #define LUTS ((BK == 8) + (BV == 8))
 #define LUT_WORDS (LUTS * 8192)
 #define SCRATCH_BYTES (V_TABLES * PASS_BYTES > 4 * (DK > DV ? DK : DV) ? V_TABLES * PASS_BYTES : 4 * (DK > DV ? DK : DV))
 #endif
+#define BARS (HALVES ? 2 : STAGES)
 #define STATS ((WARPS > 8 ? WARPS : 8) * COLS * 2)
 
 static_assert(SLOT * 4 <= PAGE_BYTES, "a slot must fit into a page buffer");
@@ -95,7 +97,7 @@ struct Shared {
     float* signs;    // of the Hadamard rotations
     u8* qbytes;      // [2 tables][column, part][QBYTES_ROW]
     u8* scratch;     // of each warp, SCRATCH_BYTES
-    u64* bars;       // [WARPS][STAGES]: a page is there
+    u64* bars;       // [WARPS][BARS]: a page, or keys or values of one, is there
     u64* ready;      // two: queries are there; queries are rotated
     float* colf;     // [COLS] scale of a logit, base 2
     int* coli;       // [COLS] what to subtract for kappa
@@ -112,7 +114,7 @@ struct Shared {
         qbytes = (u8*)(signs + SIGNS);
         scratch = qbytes + 2 * 8 * QBYTES_ROW;
         bars = (u64*)(scratch + WARPS * SCRATCH_BYTES);
-        ready = bars + WARPS * STAGES;
+        ready = bars + WARPS * BARS;
         colf = (float*)(ready + 2);
         coli = (int*)(colf + COLS);
         flag = coli + COLS;

@@ -111,6 +111,7 @@ def attention_shared_bytes(
     value_tables = 2 if value.bits in (4, 8) else 1
     warps = shape.warps
     passed = value_tables * 544
+    halves = table_bytes is not None and shape.stages == 1
     if table_bytes is None:
         table_bytes = 32768 * ((key.bits == 8) + (value.bits == 8))
     else:
@@ -126,7 +127,7 @@ def attention_shared_bytes(
             signs * 4,
             2 * 8 * (32 * steps + 16),
             warps * max(passed, 4 * key.head_dim, 4 * value.head_dim),
-            warps * shape.stages * 8 + 16,
+            warps * (2 if halves else shape.stages) * 8 + 16,
             COLUMNS * 8,
             4 * (4 + warps),
             4 * (batch + 1),

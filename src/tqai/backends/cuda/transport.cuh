@@ -12,16 +12,22 @@ __device__ __forceinline__ void arrive(u64* bar) {
 #define BULK 1
 // By one lane. Pages are read once: they are the first to leave the L2 cache, where queries, tables and
 // results then stay.
-__device__ __forceinline__ void fetch_by_one(u8* stage, const u8* page, u64* bar) {
+__device__ __forceinline__ void fetch_by_one(u8* stage, const u8* page, u64* bar, u32 bytes = PAGE_BYTES) {
     u32 b = shared_address(bar);
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(PAGE_BYTES) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                     shared_address(stage)), "l"(page), "r"(PAGE_BYTES), "r"(b), "l"(policy) : "memory");
+                     shared_address(stage)), "l"(page), "r"(bytes), "r"(b), "l"(policy) : "memory");
 }
 __device__ __forceinline__ void fetch_page(u8* stage, const u8* page, u64* bar, int lane) {
     if (lane == 0) fetch_by_one(stage, page, bar);
+}
+__device__ __forceinline__ void fetch_keys(u8* stage, const u8* page, u64* bar, int lane) {
+    if (lane == 0) fetch_by_one(stage, page, bar, V_CODES_AT);
+}
+__device__ __forceinline__ void fetch_values(u8* stage, const u8* page, u64* bar, int lane) {
+    if (lane == 0) fetch_by_one(stage + V_CODES_AT, page + V_CODES_AT, bar, PAGE_BYTES - V_CODES_AT);
 }
 __device__ __forceinline__ void no_fetch() {}
 // Between ordinary accesses to a buffer and the next bulk copy into it.

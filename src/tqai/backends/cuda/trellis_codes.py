@@ -1,4 +1,4 @@
-"""Encodes and decodes pages of trellis codes: by kernels, but codes of 256 states are made by torch."""
+"""Encodes and decodes pages of trellis codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tqai.backends.cuda.code_params import DTYPE_NAMES, OUT_CODES, CodeParams
 from tqai.backends.cuda.driver import kernel
 from tqai.backends.cuda.plan import codec_macros, rotation_plan
-from tqai.backends.cuda.trellis_encode import encode_macros, launch_encoder, serves
+from tqai.backends.cuda.trellis_encode import encode_macros, launch_encoder
 from tqai.backends.cuda.trellis_layout import bit_places
 from tqai.backends.torch_ops.codes import torch_codec
 from tqai.core.page import PAGE_TOKENS, PageFormat
@@ -110,11 +110,9 @@ _GOOD: dict[tuple[PageFormat, torch.dtype, torch.device], bool] = {}
 
 
 def _kernel_encodes(page_format: PageFormat, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel serves this. At first use one page is encoded to see that its codes are as good as
+    """Whether the kernel is used. At first use one page is encoded to see that its codes are as good as
     torch's; what does not compile or is worse is said once as a warning and not used. While a stream is
     captured nothing can be compared: then False, until the next call."""
-    if not all(serves(codec) for codec in (page_format.key, page_format.value)):
-        return False
     key = (page_format, dtype, device)
     if key not in _GOOD:
         if torch.cuda.is_current_stream_capturing():

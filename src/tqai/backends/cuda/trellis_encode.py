@@ -1,9 +1,10 @@
-"""Launches the Viterbi kernel (`trellis_encode.cu`): trellis codes of 64 states, one warp for a page side."""
+"""Launches the Viterbi kernel (`trellis_encode.cu`): trellis codes, one warp for a page side."""
 
 from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +24,26 @@ __all__ = [
     "encode_params",
     "encode_shared_bytes",
     "launch_encoder",
-    "serves",
+    "less_levels",
 ]
 
-STATE_BITS = 6
 BLOCKS_PER_MULTIPROCESSOR = 8
-TILE_STEPS = 4
-UNITS = {1: 0.125, 2: 1.0, 3: 5.0, 4: 8.0}
-MOST = {1: 5400, 2: 10800, 3: 16000, 4: 16000}
-"""UNIT and MOST of the kernel."""
+TILE_STEPS = {6: 4, 8: 16}
+"""By bits of the state."""
+
+
+class Units(NamedTuple):
+    """Of distances: UNIT (eighths of it) and MOST of the kernel."""
+
+    eighths: int
+    most: int
+
+
+UNITS = {
+    6: {1: Units(1, 4080), 2: Units(8, 8160), 3: Units(40, 16000), 4: Units(64, 16000)},
+    8: {1: Units(1, 4064), 2: Units(8, 8144), 3: Units(32, 10800), 4: Units(64, 16000)},
+}
+"""By bits of the state and of a code: as `trellis_distance.cuh` has room for."""
 
 
 class Side(ctypes.Structure):
@@ -63,15 +75,10 @@ def encode_params(levels: int) -> type[ctypes.Structure]:
             ("sides", ctypes.c_int32),
             ("per_deviation", ctypes.c_float),
             ("side", Side * 2),
-            ("levels", ctypes.c_float * levels),
+            ("levels", ctypes.c_uint32 * levels),
         ]
 
     return Params
-
-
-def serves(codec: Codec) -> bool:
-    """Whether the kernel encodes for this codec: 256 states do not fit a thread's registers."""
-    return STATES[codec.spec.name] == STATE_BITS
 
 
 def _code(codec: Codec) -> TrellisCode:
@@ -95,17 +102,29 @@ def _cover(code: TrellisCode) -> int:
     )
 
 
+def less_levels(codec: Codec) -> list[int]:
+    """`levels` of the kernel's parameters."""
+    code = _code(codec)
+    units = UNITS[code.state_bits][code.bits]
+    halves = (-code.levels * np.sqrt(units.eighths / 8 / units.most)).astype(np.float16)
+    return (halves.view(np.uint16).astype(np.uint32) * np.uint32(0x10001)).tolist()
+
+
 def encode_macros(codec: Codec, dtype: str) -> dict[str, int]:
     """Macros of the kernel for one codec and dtype of vectors."""
     code, spec = _code(codec), codec.spec
     rows = (*code.rows, 0)[:7]
+    units = UNITS[code.state_bits][code.bits]
     return {
         "HEAD_DIM": spec.head_dim,
         "CODE_BITS": spec.bits,
+        "BITS_OF_STATE": code.state_bits,
+        "UNIT_EIGHTHS": units.eighths,
+        "MOST": units.most,
         "HADAMARD_ROUNDS": ROUNDS[spec.rotation],
         "DTYPE": DTYPES[dtype],
         "INDEX_BITS": len(code.rows),
-        "COVER": _cover(code),
+        "COVER": _cover(code) if code.state_bits == 6 else 0,
         **{f"ROW{j}": row for j, row in enumerate(rows)},
         # device.cuh wants a page format; the kernel is told places instead
         "DK": spec.head_dim,
@@ -115,17 +134,25 @@ def encode_macros(codec: Codec, dtype: str) -> dict[str, int]:
     }
 
 
+def _step_bytes(codec: Codec) -> int:
+    """Of the decisions of a step."""
+    if STATES[codec.spec.name] == 8:
+        return 256
+    bits = 4 if codec.spec.bits == 3 else codec.spec.bits
+    return (64 * bits // 16) * 128
+
+
 def decision_bytes(codec: Codec) -> int:
     """Of the decisions of one block."""
-    bits = 4 if codec.spec.bits == 3 else codec.spec.bits
-    return max(codec.spec.head_dim, SEAM_STEPS) * (64 * bits // 16) * 128
+    return max(codec.spec.head_dim, SEAM_STEPS) * _step_bytes(codec)
 
 
 def encode_shared_bytes(codec: Codec) -> int:
     """Dynamic shared memory of a block."""
-    bits = 4 if codec.spec.bits == 3 else codec.spec.bits
-    tile = TILE_STEPS * (64 * bits // 16) * 128
-    return codec.spec.head_dim * 128 + tile + 2 * 4 * PAGE_TOKENS
+    code = _code(codec)
+    tile = TILE_STEPS[code.state_bits] * _step_bytes(codec)
+    work = 2 * 4 * ((1 << code.state_bits) + len(code.levels)) if code.state_bits == 8 else 0
+    return codec.spec.head_dim * 128 + tile + work + 2 * 4 * PAGE_TOKENS
 
 
 @lru_cache(maxsize=64)
@@ -159,8 +186,7 @@ def launch_encoder(
     params.pages, params.page_bytes = out.data_ptr(), page_format.page_bytes
     params.heads, params.sides, params.items = heads, len(sides), pages * heads * len(sides)
     params.per_deviation = float(np.sqrt(codec.spec.head_dim) / code.step)
-    bits = codec.spec.bits
-    params.levels[:] = (code.levels * np.float32(np.sqrt(UNITS[bits] / MOST[bits]))).tolist()
+    params.levels[:] = less_levels(codec)
     for side, (its_codec, array, values) in zip(params.side, sides, strict=False):
         plan, levels = _tables(its_codec.spec, device)
         params.window_levels = levels.data_ptr()

@@ -16,6 +16,17 @@
 
 #define TABLE_SHIFT(copies) ((copies) == 32 ? 7 : (copies) == 16 ? 6 : 5)
 
+__device__ __forceinline__ float multiply_add(float a, float b, float c) {
+    float y;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+    return y;
+}
+__device__ __forceinline__ u32 load_shared(u32 address) {
+    u32 entry;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(entry) : "r"(address));
+    return entry;
+}
+
 // The entry of the window at bit `at`, a constant, of `bits`; at + WINDOW <= 24. The shift of the window to its place in the address and the
 // addition of the copy's address are one fused multiply-add of numbers below 2^24 taken for floats, most of
 // them denormal: it is exact, and the unit that does it is otherwise idle.
@@ -23,11 +34,7 @@ template <int WINDOW, int COPIES>
 __device__ __forceinline__ u32 look_up(u32 bits, int at, float copy) {
     static_assert(WINDOW + TABLE_SHIFT(COPIES) <= 17, "a table has at most 128 KiB");
     const float shift = bits_float((u32)(127 + TABLE_SHIFT(COPIES) - at) << 23);
-    float address;
-    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(address) : "f"(bits_float(bits & (((1u << WINDOW) - 1) << at))), "f"(shift), "f"(copy));
-    u32 entry;
-    asm("ld.shared.u32 %0, [%1];" : "=r"(entry) : "r"(__float_as_uint(address)));
-    return entry;
+    return load_shared(__float_as_uint(multiply_add(bits_float(bits & (((1u << WINDOW) - 1) << at)), shift, copy)));
 }
 
 // What lane l adds to a window's place: the address of its copy, as a float. In a cluster the top byte of an

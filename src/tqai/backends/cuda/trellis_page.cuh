@@ -8,20 +8,36 @@ using Values = Runs<DV, BV, SV, PAIRV, 8>;
 
 // What a warp has seen so far of a segment, in base 2.
 struct Running {
+#if SPLITV
+    float o[V_UNITS][2];  // dimensions of part g 2 u and 2 u + 1
+#else
     float o[V_UNITS][4];  // dimension of part g 2 u, high and low part of the weights; then dimension 2 u + 1
+#endif
     float top, sum, weight_sum;
 
     __device__ __forceinline__ void clear() {
         top = NOTHING;
         sum = weight_sum = 0.0f;
 #pragma unroll
-        for (int u = 0; u < V_UNITS; ++u) o[u][0] = o[u][1] = o[u][2] = o[u][3] = 0.0f;
+        for (int u = 0; u < V_UNITS; ++u) set(u, 0, 0.0f), set(u, 1, 0.0f);
     }
     // The h-th output of unit u, and its place among the outputs.
+#if SPLITV
+    __device__ __forceinline__ float out(int u, int h) const { return o[u][h]; }
+    __device__ __forceinline__ void set(int u, int h, float y) { o[u][h] = y; }
+#else
     __device__ __forceinline__ float out(int u, int h) const { return o[u][2 * h] + o[u][2 * h + 1]; }
     __device__ __forceinline__ void set(int u, int h, float y) {
         o[u][2 * h] = y;
         o[u][2 * h + 1] = 0.0f;
+    }
+#endif
+    __device__ __forceinline__ void fade(float f) {
+        sum *= f;
+#pragma unroll
+        for (int u = 0; u < V_UNITS; ++u)
+#pragma unroll
+            for (int i = 0; i < (SPLITV ? 2 : 4); ++i) o[u][i] *= f;
     }
     __device__ __forceinline__ static int place(int u, int h, int g) { return g * (DV / 8) + 2 * u + h; }
 };
@@ -35,6 +51,11 @@ __device__ __forceinline__ const u8* mask_row(const Params& p, const Place& at, 
 }
 #endif
 
+#if SPLITK || SPLITV
+#include "trellis_split.cuh"
+#endif
+
+#if !SPLITK
 // Products of two tokens' keys with all query columns; x[0], x[1] for column c.
 __device__ __forceinline__ void take_keys(const Query& q, const u32 (&w)[Keys::WORDS + 1], int run, float copy, int neighbour, float& x0, float& x1) {
     u32 bits[2][Keys::LENGTH / Keys::GRAIN + 1];
@@ -61,6 +82,9 @@ __device__ __forceinline__ void take_keys(const Query& q, const u32 (&w)[Keys::W
     x1 = (even[2] + odd[2]) + (even[3] + odd[3]);
 }
 
+#endif
+
+#if !SPLITV
 // Four tokens' values times their weights (of column g / 2, part g % 2) onto the outputs.
 __device__ __forceinline__ void take_values(Running& r, const u32 (&w)[Values::WORDS + 1], int run, float copy, int neighbour, const float* weights, u32 high) {
     const float4 f = *(const float4*)weights;
@@ -90,29 +114,35 @@ __device__ __forceinline__ void take_values(Running& r, const u32 (&w)[Values::W
     }
 }
 
-__device__ __forceinline__ void take_page(const Params& p, const Shared& m, const Query& q, Running& r, const u8* data, [[maybe_unused]] const u8* mask, int page, u8* scratch, int lane) {
+#endif
+
+// `halfway` is called when all has been read of the keys, and before anything is of the values.
+template <class Halfway>
+__device__ __forceinline__ void take_page(const Params& p, const Shared& m, const Query& q, Running& r, const u8* data, [[maybe_unused]] const u8* mask, int page, u8* scratch, int lane, const Halfway& halfway) {
     const int g = lane >> 2, c = lane & 3;
     float x[8], w[8];
     {
         const float copy = copy_address<COPIESK>(m.lut_k(), lane);
         const int neighbour = (lane & ~3) | ((lane + 1) & 3);
-        // Words are asked for one block ahead; what is read after the last one is not used.
-        u32 ahead[Keys::WORDS + 1];
-        load_words<Keys::WORDS>(data, lane, ahead);
-#pragma unroll 1
+#pragma unroll 4
         for (int block = 0; block < 8 / Keys::BLOCK; ++block) {
             u32 words[Keys::WORDS + 1];
-#pragma unroll
-            for (int k = 0; k <= Keys::WORDS; ++k) words[k] = ahead[k];
-            load_words<Keys::WORDS>(data + (block + 1) % (8 / Keys::BLOCK) * (Keys::WORDS * 128), lane, ahead);
+            load_words<Keys::WORDS>(data + block * (Keys::WORDS * 128), lane, words);
             // Logits move down the register file, so that the loop need not be unrolled.
 #pragma unroll
             for (int i = 0; i + Keys::BLOCK < 8; ++i) x[i] = x[i + Keys::BLOCK];
 #pragma unroll
-            for (int i = 0; i < Keys::BLOCK; i += 2) take_keys(q, words, i, copy, neighbour, x[8 - Keys::BLOCK + i], x[9 - Keys::BLOCK + i]);
+            for (int i = 0; i < Keys::BLOCK; i += 2) {
+#if SPLITK
+                take_split_keys(p, q, words, i, copy, neighbour, x[8 - Keys::BLOCK + i], x[9 - Keys::BLOCK + i]);
+#else
+                take_keys(q, words, i, copy, neighbour, x[8 - Keys::BLOCK + i], x[9 - Keys::BLOCK + i]);
+#endif
+            }
         }
     }
     const uint4 sk4 = *(const uint4*)(data + K_SCALES_AT + g * 16);
+    halfway();
     const uint4 sv4 = *(const uint4*)(data + V_SCALES_AT + g * 16);
     const u32 sk[4] = {sk4.x, sk4.y, sk4.z, sk4.w}, sv[4] = {sv4.x, sv4.y, sv4.z, sv4.w};
 #pragma unroll
@@ -162,11 +192,7 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
         most = max_nan(most, r.top);
         const float fade = exp2_fast(r.top - most);
         r.top = most;
-        r.sum *= fade;
-#pragma unroll
-        for (int u = 0; u < V_UNITS; ++u)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) r.o[u][i] *= fade;
+        r.fade(fade);
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -175,6 +201,17 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
         w[i] *= e;
     }
     // from "lane 4 g + c has tokens 8 g .. of column c" to "lane 4 g + c has tokens 16 n + 4 c .. of column g / 2"
+#if SPLITV
+    float heaviest = max_nan(max_nan(max_nan(w[0], w[1]), max_nan(w[2], w[3])), max_nan(max_nan(w[4], w[5]), max_nan(w[6], w[7])));
+#pragma unroll
+    for (int o = 4; o < 32; o *= 2) heaviest = max_nan(heaviest, __shfl_xor_sync(FULL, heaviest, o));
+    const float back = heaviest * (1.0f / 65280.0f);
+    __syncwarp();
+    pass_weights(w, 65280.0f * rcp_fast(heaviest), scratch, g, c);
+    __syncwarp();
+    const u8* weights = scratch + g * WEIGHT_ROW + 4 * c;
+    PageSums sums = {};
+#else
     __syncwarp();
     float* pass = (float*)scratch + c * WEIGHT_PITCH + 8 * g;
     *(float4*)pass = make_float4(w[0], w[1], w[2], w[3]);
@@ -182,17 +219,34 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     __syncwarp();
     const float* weights = (const float*)scratch + (g >> 1) * WEIGHT_PITCH + 4 * c;
     const u32 high = g & 1 ? HIGH_BITS(PAIRV) : 0;
-    u32 ahead[Values::WORDS + 1];
-    load_words<Values::WORDS>(data + V_CODES_AT, lane, ahead);
+#endif
     const float copy = copy_address<COPIESV>(m.lut_v(), lane);
     const int neighbour = (lane + 4) & 31;
-#pragma unroll 1
+#pragma unroll 4
     for (int block = 0; block < 16 / Values::BLOCK; ++block) {
         u32 words[Values::WORDS + 1];
+        load_words<Values::WORDS>(data + V_CODES_AT + block * (Values::WORDS * 128), lane, words);
 #pragma unroll
-        for (int k = 0; k <= Values::WORDS; ++k) words[k] = ahead[k];
-        load_words<Values::WORDS>(data + V_CODES_AT + (block + 1) % (16 / Values::BLOCK) * (Values::WORDS * 128), lane, ahead);
-#pragma unroll
-        for (int i = 0; i < Values::BLOCK; i += 4) take_values(r, words, i, copy, neighbour, weights + 16 * (block * (Values::BLOCK / 4) + i / 4), high);
+        for (int i = 0; i < Values::BLOCK; i += 4) {
+            const int group = block * (Values::BLOCK / 4) + i / 4;
+#if SPLITV
+            take_split_values(sums, words, i, copy, neighbour, *(const u32*)(weights + 16 * group));
+#else
+            take_values(r, words, i, copy, neighbour, weights + 16 * group, high);
+#endif
+        }
     }
+#if SPLITV
+#pragma unroll
+    for (int u = 0; u < V_UNITS; ++u) {
+        const int* even = sums.even[u / 2] + u % 2 * 2;
+        const int* odd = sums.odd[u / 2] + u % 2 * 2;
+        r.o[u][0] = fmaf((float)(even[0] * p.times256 + even[1]), back, r.o[u][0]);
+        r.o[u][1] = fmaf((float)(odd[0] * p.times256 + odd[1]), back, r.o[u][1]);
+    }
+#endif
+}
+
+__device__ __forceinline__ void take_page(const Params& p, const Shared& m, const Query& q, Running& r, const u8* data, const u8* mask, int page, u8* scratch, int lane) {
+    take_page(p, m, q, r, data, mask, page, scratch, lane, [] {});
 }

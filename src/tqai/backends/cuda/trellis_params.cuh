@@ -1,14 +1,22 @@
 // What attention on trellis codes has in shared memory in place of the scalar codes' tables.
 //
 // More macros: TRELLIS 1; SK, SV bits of the state; PAIRK, PAIRV, COPIESK, COPIESV the form of the tables (see
-// `trellis_lookup.cuh`); SAME 1 where keys and values have one table.
+// `trellis_lookup.cuh`); SPLITK, SPLITV 1 for those of `trellis_split.cuh`; SAME 1 where keys and values have one table.
 
-#define WINDOW_K (BK + SK + PAIRK * BK)
-#define WINDOW_V (BV + SV + PAIRV * BV)
+#define WINDOW_K (BK + SK + PAIRK * BK + SPLITK)
+#define WINDOW_V (BV + SV + PAIRV * BV + SPLITV)
 #define K_TABLE_WORDS ((1 << WINDOW_K) * COPIESK)
 #define V_TABLE_WORDS ((1 << WINDOW_V) * COPIESV)
 #define LUT_WORDS (K_TABLE_WORDS + (SAME ? 0 : V_TABLE_WORDS))
 #define WEIGHT_PITCH (PAGE_TOKENS + 4)
+// Whether keys and values of a page are fetched apart (`attend_split.cu`); BULK is what stands in for sm_90.
+#ifndef HALVES
+#if STAGES == 1 && (__CUDA_ARCH__ >= 900 || BULK)
+#define HALVES 1
+#else
+#define HALVES 0
+#endif
+#endif
 #define SCRATCH_BYTES (16 * WEIGHT_PITCH > 4 * (DK > DV ? DK : DV) ? 16 * WEIGHT_PITCH : 4 * (DK > DV ? DK : DV))
 
 // A table out of global memory, every entry in all its copies; by the whole block.

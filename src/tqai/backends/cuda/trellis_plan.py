@@ -28,16 +28,18 @@ __all__ = [
 WINDOW_BITS = 15
 """A table has at most 2**15 entries with all its copies, 128 KiB."""
 REGISTER_BITS = 24
+SPLIT_BITS = 10
 RING_BYTES = 64 * 1024
 """What a block wants of shared memory beside its tables."""
 
 
 class Form(NamedTuple):
     """Of a table in shared memory: entries for pairs of coordinates or for one, and copies of each, 32 (every
-    lane its own), 16 or 8 (lanes wait for each other)."""
+    lane its own), 16 or 8 (lanes wait for each other); `split` for pairs in two candidates each."""
 
     pair: bool
     copies: int
+    split: bool = False
 
 
 def is_trellis(page_format: PageFormat) -> bool:
@@ -71,7 +73,7 @@ def _code(codec: Codec) -> TrellisCode:
 
 
 def _entry_bits(codec: Codec, form: Form) -> int:
-    return _code(codec).window_bits + (codec.spec.bits if form.pair else 0)
+    return SPLIT_BITS if form.split else _code(codec).window_bits + (codec.spec.bits if form.pair else 0)
 
 
 def _bytes(codec: Codec, form: Form) -> int:
@@ -79,7 +81,10 @@ def _bytes(codec: Codec, form: Form) -> int:
 
 
 def _cost(form: Form) -> float:
-    """Cycles of shared memory per value: 32 random lanes on 32, on 2 by 2 and on 4 by 4 banks."""
+    """Cycles of shared memory per value: 32 random lanes on 32, on 2 by 2 and on 4 by 4 banks. A split table
+    takes half a cycle, and other units more."""
+    if form.split:
+        return 0.8
     return {32: 1.0, 16: 2.0, 8: 3.0}[form.copies] / (2 if form.pair else 1)
 
 
@@ -94,6 +99,8 @@ def _forms(codec: Codec) -> list[Form]:
             furthest = (8 if odd and window > 9 else 16) - (1 if odd else bits * (1 + pair))
             if furthest + window <= REGISTER_BITS and _bytes(codec, form) <= 4 << WINDOW_BITS:
                 found.append(form)
+    if codec.spec.bits == 3 and codec.spec.name == "trellis":
+        found.append(Form(False, 32, True))
     return found
 
 
@@ -130,18 +137,28 @@ def table_macros(page_format: PageFormat, forms: tuple[Form, Form]) -> dict[str,
     return {
         "PAIRK": int(key.pair),
         "PAIRV": int(value.pair),
+        "SPLITK": int(key.split),
+        "SPLITV": int(value.split),
         "COPIESK": key.copies,
         "COPIESV": value.copies,
         "SAME": int(_shared(page_format)),
     }
 
 
-def table(codec: Codec, pair: bool) -> NDArray[np.uint32]:
-    """Entries of all windows: the level as float32, or the levels of two neighbours as bfloat16, the first
-    one in the low half. Levels are whole numbers; `level_unit` is what one is worth."""
+def table(codec: Codec, form: Form) -> NDArray[np.uint32]:
+    """Entries of all windows: the level as float32, the levels of two neighbours as bfloat16, the first one
+    in the low half, or both levels of each as bytes (`trellis_split.cuh`). Levels are whole numbers;
+    `level_unit` is what one is worth."""
     code = _code(codec)
+    if form.split:
+        middle = np.arange(1 << SPLIT_BITS) << 1
+        choices = np.arange(2)[:, None]
+        first = middle & 0x1FF | choices ^ middle >> 3 & 1
+        second = (middle | (choices ^ middle >> 8 & 1) << 11) >> 3
+        found = code.window_levels[np.concatenate([first, second])]
+        return np.ascontiguousarray(found.T).view(np.uint32).reshape(-1)
     levels = code.window_levels.astype(np.float32).view(np.uint32)
-    if not pair:
+    if not form.pair:
         return levels
     windows = np.arange(1 << (code.window_bits + code.bits))
     first, second = levels[windows & (len(levels) - 1)], levels[windows >> code.bits]

@@ -3,7 +3,15 @@
 //
 //     turned   [column][DK + 4], where the scalar codes' `qbytes` lie
 
+// or, for split tables (`trellis_split.cuh`), as two int8 parts:
+//
+//     qbytes   [2 * column + part][QBYTES_ROW], part 0 high; the bytes of a quarter as the keys' come
+
 #define TURNED_PITCH (DK + 4)
+
+#if SPLITK
+__device__ __forceinline__ int key_place(int d);
+#endif
 
 struct RawQuery {
     float x[(DK + 31) / 32];  // elements lane, lane + 32, ...
@@ -40,12 +48,27 @@ __device__ __forceinline__ void take_query(const Params& p, const Shared& m, Raw
     float scale = top > 0.0f ? 1.0f / top : 1.0f;
     if (!(scale < 1.0e30f)) scale = top > 0.0f ? 1.0e30f : scale;
     const float turned = p.scaling < 0.0f ? -scale : scale;
+#if SPLITK
+    constexpr float UNITS = 32512.0f;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const int d = lane + 32 * i, quarter = d / (DK / 4);
+        if (DK % 32 == 0 || d < DK) {
+            const int n = __float2int_rn(x[i] * turned * UNITS), high = (n + 128) >> 8;
+            u8* to = m.qbytes + 2 * j * QBYTES_ROW + quarter * (DK / 4) + key_place(d - quarter * (DK / 4));
+            to[0] = (u8)high;
+            to[QBYTES_ROW] = (u8)(n - high * 256);
+        }
+    }
+#else
+    constexpr float UNITS = 1.0f;
     float* row = (float*)m.qbytes + j * TURNED_PITCH;
 #pragma unroll
     for (int i = 0; i < N; ++i)
         if (DK % 32 == 0 || lane + 32 * i < DK) row[lane + 32 * i] = x[i] * turned;
+#endif
     // NaN or inf among the queries shows in the scale, whatever the elements are.
-    if (lane == 0) m.colf[j] = fmaxf(fabsf(p.scaling), 1.0e-30f) * p.levels_k.unit / scale + top * 0.0f;
+    if (lane == 0) m.colf[j] = fmaxf(fabsf(p.scaling), 1.0e-30f) * p.levels_k.unit / (scale * UNITS) + top * 0.0f;
     __syncwarp();
     if (lane == 0) arrive(m.ready + 1);
 }
@@ -58,10 +81,15 @@ __device__ __forceinline__ float part_of(float x, u32 high_bits) { return x - bi
 // B fragments of the queries, as one lane holds them: column g / 2, part g % 2 (0 high, 1 low), and the
 // dimensions of the runs of lane c of each four.
 struct Query {
-    u32 b[PAIRK ? DK / 8 : DK / 4];
+    u32 b[SPLITK ? DK / 16 : PAIRK ? DK / 8 : DK / 4];
     float scale;  // of a logit: to base 2, or, with a soft cap, to the argument of its exponential
 
     __device__ __forceinline__ void load(const Params& p, const Shared& m, int g, int c) {
+#if SPLITK
+        const u32* row = (const u32*)(m.qbytes + g * QBYTES_ROW + c * (DK / 4));
+#pragma unroll
+        for (int i = 0; i < DK / 16; ++i) b[i] = row[i];
+#else
         const float* row = (const float*)m.qbytes + (g >> 1) * TURNED_PITCH + c * (DK / 4);
         const u32 high = g & 1 ? HIGH_BITS(PAIRK) : 0;
 #pragma unroll
@@ -79,6 +107,7 @@ struct Query {
                 b[PAIRK ? 0 : i + 3] = w & 0xffffe000u;
             }
         }
+#endif
 #if SOFTCAP
         scale = m.colf[c] * (2.0f * LOG2E) / p.softcap;
 #else

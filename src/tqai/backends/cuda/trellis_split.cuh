@@ -1,0 +1,118 @@
+// Look-ups of two coordinates for codes of 3 bits and 64 states ("split" tables), as bytes.
+//
+// The windows of two neighbours are 12 bits together. The 10 in the middle are looked up; bit 0 belongs to the
+// first window alone and bit 11 to the second, and they choose among the four bytes of the entry:
+//
+//     bit   0   1 ............ 10   11        entry: byte 0, 1   first level, for s = 0, 1    s = bit 0 ^ bit 3
+//           s   '---- entry ----'    t               byte 2, 3   second level, for t = 0, 1   t = bit 8 ^ bit 11
+//
+// s and t, so chosen, lie 8 bits apart in x ^ x >> 3. Two streams of bits, the second one 4 bits further up than
+// the first, then have theirs in turn at every fourth bit, where a byte permute's selector wants them: it takes
+// four levels out of two entries. Windows begin at bits 0 and 6 of the first stream, 4 and 10 of the second.
+
+#define OF_FIRST 0x24b49u  // bits 0, 3, 8, 11 and the same 6 further: what is needed of the first stream
+#define CHOICES 0x1111u
+#define ENTRIES 0x6240u    // first levels of both, then second levels of both
+
+__device__ __forceinline__ u32 moved_down(u32 bits, int by, u32 plus) {
+    // exact, as in `look_up`
+    return __float_as_uint(multiply_add(bits_float(bits), bits_float((u32)(127 - by) << 23), bits_float(plus)));
+}
+
+// One instruction each, which the compiler does not find: a where the mask is 1, else b; and a ^ b where it is 1.
+__device__ __forceinline__ u32 either(u32 a, u32 b, u32 mask) {
+    u32 y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(y) : "r"(a), "r"(b), "r"(mask));
+    return y;
+}
+__device__ __forceinline__ u32 differing(u32 a, u32 b, u32 mask) {
+    u32 y;
+    asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(y) : "r"(a), "r"(b), "r"(mask));
+    return y;
+}
+
+// Levels of the windows at 0 (`one`) and 6 (`two`) of stream a and at 4 and 10 of stream b: bytes first of a,
+// first of b, second of a, second of b.
+__device__ __forceinline__ void four_levels(u32 a, u32 b, float copy, u32& one, u32& two) {
+    const u32 mixed = either(a, b, OF_FIRST), above = mixed >> 3;
+    one = permute(look_up<10, 32>(a, 1, copy), look_up<10, 32>(b, 5, copy), moved_down(differing(mixed, above, CHOICES), 0, ENTRIES));
+    two = permute(look_up<10, 32>(a, 7, copy), look_up<10, 32>(b, 11, copy), moved_down(differing(mixed, above, CHOICES << 6), 6, ENTRIES));
+}
+
+#if SPLITK
+// Where a dimension's byte lies among those of its lane: `four_levels` gives them in this order.
+__device__ __forceinline__ int key_place(int d) {
+    constexpr int WHOLE = DK / 4 / 8 * 8;
+    const int k = d & 7;
+    // 0 4 1 5 2 6 3 7; where four are left, 0 2 1 3
+    return d < WHOLE ? (d & ~7) | (k & 2) << 1 | (k & 1) << 1 | k >> 2 : (d & ~3) | (d & 1) << 1 | (d & 2) >> 1;
+}
+
+// Products of two tokens' keys with all query columns; x0, x1 for column c.
+__device__ __forceinline__ void take_split_keys(const Params& p, const Query& q, const u32 (&w)[Keys::WORDS + 1], int run, float copy, int neighbour, float& x0, float& x1) {
+    u32 next[2];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) next[t] = __shfl_sync(FULL, Keys::head(w, run + t), neighbour);
+    auto bits = [&](int t, int at) { return bits_at<Keys::LENGTH>(w, (run + t) * Keys::LENGTH, at, next[t]); };
+    int dots[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int s = 0; s < Keys::DIMS / 8; ++s) {
+        u32 one[2], two[2];
+#pragma unroll
+        for (int t = 0; t < 2; ++t) four_levels(bits(t, 24 * s), bits(t, 24 * s + 8), copy, one[t], two[t]);
+        mma_s8s8(dots, one[0], one[1], two[0], two[1], q.b[2 * s], q.b[2 * s + 1]);
+    }
+    if constexpr (Keys::DIMS % 8) {
+        constexpr int AT = 24 * (Keys::DIMS / 8);
+        u32 one[2], none;
+#pragma unroll
+        for (int t = 0; t < 2; ++t) four_levels(bits(t, AT), bits(t, AT + 2), copy, one[t], none);
+        mma_s8s8_half(dots, one[0], one[1], q.b[Keys::DIMS / 4 - 1]);
+    }
+    x0 = (float)(dots[0] * p.times256 + dots[1]);
+    x1 = (float)(dots[2] * p.times256 + dots[3]);
+}
+#endif
+
+#if SPLITV
+// Weights of a page as 16-bit integers, in bytes: high and low part of column c in rows 2 c and 2 c + 1.
+#define WEIGHT_ROW 80
+
+__device__ __forceinline__ void pass_weights(const float (&w)[8], float share, u8* scratch, int g, int c) {
+    u32 n[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) n[i] = __float_as_uint(fmaf(w[i], share, 8388608.0f));
+    const u32 e0 = __byte_perm(n[0], n[1], 0x5410), e1 = __byte_perm(n[2], n[3], 0x5410);
+    const u32 e2 = __byte_perm(n[4], n[5], 0x5410), e3 = __byte_perm(n[6], n[7], 0x5410);
+    u8* to = scratch + 2 * c * WEIGHT_ROW + 8 * g;
+    *(uint2*)to = make_uint2(__byte_perm(e0, e1, 0x7531), __byte_perm(e2, e3, 0x7531));
+    *(uint2*)(to + WEIGHT_ROW) = make_uint2(__byte_perm(e0, e1, 0x6420), __byte_perm(e2, e3, 0x6420));
+}
+
+#define SPLIT_ROWS ((DV / 8 + 3) / 4)  // dimensions 4 r .. 4 r + 3 of each part
+
+// Sums of a page: dimensions 4 r and 4 r + 2 in `even[r]`, high and low part, 4 r + 1 and 4 r + 3 in `odd[r]`.
+struct PageSums {
+    int even[SPLIT_ROWS][4], odd[SPLIT_ROWS][4];
+};
+
+// Four tokens' values times their weights, the four bytes of `f` (of column g / 2, part g % 2). A factor's
+// register has two tokens' levels of two neighbouring dimensions, each wanted by one of two products: the
+// other's weights are 0.
+__device__ __forceinline__ void take_split_values(PageSums& sums, const u32 (&w)[Values::WORDS + 1], int run, float copy, int neighbour, u32 f) {
+    u32 next[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) next[t] = __shfl_sync(FULL, Values::head(w, run + t), neighbour);
+    auto bits = [&](int t, int at) { return bits_at<Values::LENGTH>(w, (run + t) * Values::LENGTH, at, next[t]); };
+    const u32 f0 = f & 0xffffu, f1 = f >> 16, f2 = f << 16, f3 = f & 0xffff0000u;
+#pragma unroll
+    for (int r = 0; r < SPLIT_ROWS; ++r) {
+        u32 one[2], two[2];
+#pragma unroll
+        for (int t = 0; t < 2; ++t) four_levels(bits(2 * t, 12 * r), bits(2 * t + 1, 12 * r - 4), copy, one[t], two[t]);
+        if (4 * r + 2 >= DV / 8) two[0] = two[1] = 0;
+        mma_s8u8(sums.even[r], one[0], two[0], one[1], two[1], f0, f1);
+        mma_s8u8(sums.odd[r], one[0], two[0], one[1], two[1], f2, f3);
+    }
+}
+#endif

@@ -1,0 +1,25 @@
+"""Attention on trellis codes of 3 bits (`trellis_split.cuh`): the kernels' own text, run on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+from tests.backends.cuda.test_attend_cpu import check, folder, gpu, make_case  # noqa: F401
+
+from tqai.backends.cuda.plan import Shape
+
+BOUND = 1e-4
+"""Levels are exact; queries and weights have 16 bits."""
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_keys_and_values_in_two_candidates(gpu, dim):  # noqa: F811
+    case = make_case(bits=(3, 3), dim=dim, codec="trellis", pages=3, recent=5, sinks=0, group=3, new_tokens=1)
+    check(case, bound=BOUND, splits=1)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_pages_of_a_warp_one_after_the_other(gpu, stages):  # noqa: F811
+    """With one buffer, keys and values are fetched apart; cut as a line, pages are fetched whole."""
+    case = make_case(bits=(3, 3), codec="trellis", pages=6, recent=17, sinks=2, first=9)
+    for launch in ({"splits": 1}, {"splits": 2, "cluster": False}, {"blocks": 2}):
+        check(case, bound=BOUND, shape=Shape(2, stages), **launch)
