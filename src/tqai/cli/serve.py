@@ -227,7 +227,7 @@ def serve(
     if not is_loopback(host) and not keys:
         warn(f"--host {host} without --api-key: anybody who reaches this machine can use the model")
     pool = engine.store.pool
-    size, tokens = format_bytes(pool.pages * pool.page_bytes), pool.pages * 64
+    size, tokens = format_bytes(engine.store.pool_bytes), pool.pages * 64
     label = engine.settings.label
     warn(f"{name}: {label} on {engine.store.codes[0].name}, {pool.pages} pages, {size}: {tokens} tokens")
     warn(f"http://{host}:{port}/v1 (status page: http://{host}:{port}/)")
