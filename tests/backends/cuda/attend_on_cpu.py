@@ -25,6 +25,8 @@ BODIES = {
     "exp2_fast": "return exp2f(x);",
     "rcp_fast": "return 1.0f / x;",
     "shared_address": "return (u32)((const u8*)p - blocks[block_number()].shared);",
+    "own_entries": "return shared_address(lut) + 4 * lane;",
+    "entry_at": "return *(const u32*)(blocks[block_number()].shared + first + 128 * code);",
     "permute": "return permuted(a, b, selector, true);",
     "mma_s8s8": "multiply<true, false>(d, a0, a1, a2, a3, b0, b1);",
     "mma_s8s8_half": "multiply<false, false>(d, a0, a1, 0, 0, b0, 0);",

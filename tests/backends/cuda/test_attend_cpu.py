@@ -201,6 +201,12 @@ def test_exact_tokens_alone_and_many(gpu):
         check(make_case(recent=recent, sinks=sinks, pages=pages), splits=2, cluster=False)
 
 
+def test_one_buffer_of_a_warp_and_warps_of_several_columns_of_exact_tokens(gpu):
+    """Keys and values then come one by one. 5 is no multiple of 4: a warp takes each column of some items."""
+    case = make_case(recent=65, sinks=33, pages=22)
+    check(case, shape=Shape(5, 1), splits=2, cluster=False)
+
+
 def test_logits_that_leave_the_reference_of_the_exponentials(gpu):
     check(make_case(scale=30.0, pages=6), splits=2, cluster=False, scaling=0.25, bound=6e-2)
 

@@ -12,6 +12,7 @@ from tqai.backends.cuda.plan import (
     attention_shared_bytes,
     block_count,
     choose_shape,
+    codec_macros,
     division,
     quantizer_cells,
     refuse_format,
@@ -73,7 +74,18 @@ def test_shapes_fit_into_shared_memory():
                 shape = choose_shape(page_format(dim, bits, bits), limit, 64)
                 assert shape is not None
                 assert attention_shared_bytes(page_format(dim, bits, bits), shape, 64) <= limit
-    assert choose_shape(page_format(256, 8, 8), A10_SHARED_BYTES, 1) is None
+    assert choose_shape(page_format(256, 8, 8), A10_SHARED_BYTES, 1) == Shape(1, 1)
+    assert choose_shape(page_format(256, 8, 8), A10_SHARED_BYTES // 2, 1) is None
+
+
+def test_keys_and_values_of_the_same_levels_share_a_table():
+    alike, different = page_format(128, 8, 8), page_format(128, 8, 8, 112, rotation="haar")
+    assert codec_macros(alike, "bfloat16")["ONE_LUT"] == 1
+    assert codec_macros(different, "bfloat16")["ONE_LUT"] == 0
+    assert codec_macros(page_format(128, 8, 4), "bfloat16")["ONE_LUT"] == 0
+    shape = Shape(1, 1)
+    sizes = [attention_shared_bytes(f, shape, 1) - f.page_bytes for f in (alike, different)]
+    assert sizes[1] - sizes[0] > 30000
 
 
 def test_refusals_say_why():

@@ -81,10 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
         }
         Running r;
         r.clear();
-        const int exact_items = max(min(s.last, s.exact) - s.first, 0);
-        const int page_items = max(s.last - max(s.first, s.exact), 0);
-        if (WARPS - 1 - warp < exact_items)
-            take_exact(p, m, place, r, s.first + WARPS - 1 - warp, WARPS, min(s.last, s.exact), scratch, lane);
+        take_exact(p, m, place, r, s.first, 1, min(s.last, s.exact), warp, scratch, lane);
         await_barrier(m.ready + 1, ready_parity);
         ready_parity ^= 1;
 
@@ -115,18 +112,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
 
         // ---- merge
         u8* buffer = my_ring + spare * PAGE_BYTES;
-        put_slot(p, m, r, warp < page_items || WARPS - 1 - warp < exact_items, buffer, warp, lane);
+        put_slot(p, m, r, buffer, warp, lane);
         __syncthreads();
         if (tid == 0) m.flag[1] = ready_parity;
         if (s.first == 0 && s.begin + s.last == s.end) {
-            merge_slots(m, MergedPart{m.merged}, tid);
+            merge_slots<NotedBuffers>(m, MergedPart{m.merged}, tid);
             __syncthreads();
 #pragma unroll 1
             for (int j = warp; j < columns; j += WARPS)
                 finish_column<1>(p, m, place, MergedPart{m.merged}, 1, j, (float*)buffer, lane);
         } else {
             float* part = p.partial + (block * 2 + (s.begin < start ? 0 : 1)) * (i64)PART;
-            merge_slots(m, GlobalPart{part}, tid);
+            merge_slots<NotedBuffers>(m, GlobalPart{part}, tid);
             const int first_block = cuts.block_of(s.begin), count = cuts.block_of(s.end - 1) - first_block + 1;
             if (is_last(p, m, place, count, tid)) {
                 // The first of them may have the segment as its last, that is in its second place.

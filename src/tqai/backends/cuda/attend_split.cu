@@ -76,13 +76,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     };
     fetch(0);
     constants.keep(p, m, tid);
+    __syncthreads();
     STAMP(1)
     if (p.early) {
         await_earlier_launches();
         if (warp < COLS) raw.load(p, place, warp, lane);
     }
     let_next_launch_begin();
-    __syncthreads();
     STAMP(2)
 
     // ---- queries by the first warps, meanwhile exact tokens by the last
@@ -91,15 +91,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
         if (WARPS < COLS && j != warp) raw.load(p, place, j, lane);
         take_query(p, m, raw, j, scratch, lane);
     }
-    await_barrier(m.ready, 0);
+    place.recent = recent_of(p, place.b);
+    const int exact_items = ceil_div(p.sinks, EXACT_TOKENS) + ceil_div(place.recent, EXACT_TOKENS);
+    const bool exact = has_exact(rank, splits, exact_items, warp);
+    if (!exact) await_barrier(m.ready, 0);
 #pragma unroll
     for (int k = 1; k < STAGES; ++k) fetch(k);
     Running r;
     r.clear();
-    place.recent = recent_of(p, place.b);
-    const int exact_items = ceil_div(p.sinks, EXACT_TOKENS) + ceil_div(place.recent, EXACT_TOKENS);
-    const int item = rank + (WARPS - 1 - warp) * splits;
-    if (item < exact_items) take_exact(p, m, place, r, item, WARPS * splits, exact_items, scratch, lane);
+    if (exact) take_exact(p, m, place, r, rank, splits, exact_items, warp, scratch, lane);
     await_barrier(m.ready + 1, 0);
     STAMP(3)
 
@@ -112,10 +112,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
 #endif
     int stage = 0;
     u32 parity = 0;
-    u8* buffer = my_ring;
 #pragma unroll 1
     for (int n = warp; n < count; n += WARPS) {
-        buffer = my_ring + stage * PAGE_BYTES;
+        u8* buffer = my_ring + stage * PAGE_BYTES;
         await_page(my_bars + stage, parity);
 #ifdef STAMPS
         if (n == 0) { STAMP(4) }
@@ -150,31 +149,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     STAMP(5)
 
     // ---- merge
-    put_slot(p, m, r, warp < count || item < exact_items, buffer, warp, lane);
+    put_slot(p, m, r, my_ring, warp, lane);
     __syncthreads();
     STAMP(6)
 #if CLUSTER
     const ClusterParts parts{m.merged};
-    merge_slots(m, parts, tid);
+    merge_slots<FirstBuffers>(m, parts, tid);
     cluster_arrive();
     cluster_wait();
     STAMP(7)
     const int columns = place.columns(p);
+    int j = rank + splits * warp;
+    if (j >= columns) cluster_arrive();
 #pragma unroll 1
-    for (int j = rank + splits * warp; j < columns; j += splits * WARPS)
-        finish_column<8 / CHUNKS>(p, m, place, parts, splits, j, (float*)buffer, lane);
+    for (; j < columns; j += splits * WARPS) {
+        Gathered gathered = {};
+        gathered.take<8 / CHUNKS>(parts, 0, 1, splits, j, lane);
+        if (j + splits * WARPS >= columns) cluster_arrive();  // this warp has read the other blocks' memory
+        store_column(p, m, place, gathered, j, (float*)my_ring, lane);
+    }
     STAMP(8)
-    cluster_arrive();
-    cluster_wait();
+    cluster_wait();  // while others read this block's memory, it must not end
 #else
     const int columns = place.columns(p);
     const AwaitedParts parts{p.partial + (i64)segment * splits * PART, m.merged, rank, splits, columns};
-    merge_slots(m, parts, tid);
+    merge_slots<FirstBuffers>(m, parts, tid);
     STAMP(7)
     __syncthreads();
 #pragma unroll 1
     for (int j = splits - 1 - rank; j < columns; j += splits) {
-        finish_awaited(p, m, place, parts, splits, j, buffer, warp, lane);
+        finish_awaited(p, m, place, parts, splits, j, my_ring, warp, lane);
         __syncthreads();
     }
 #endif

@@ -131,8 +131,7 @@ __device__ __forceinline__ void load_two(const void* base, i64 at, float& a, flo
 // Sylvester's transform of one vector held by one warp: lane l has elements l, l + 32, l + 64, ...
 template <int N>
 __device__ __forceinline__ void hadamard(float (&x)[N], int lane) {
-    // Not unrolled: code that runs once is paid for by the instruction.
-#pragma unroll 1
+#pragma unroll
     for (int half = 1; half < 32; half *= 2) {
         const float mine = lane & half ? -1.0f : 1.0f;
 #pragma unroll

@@ -5,50 +5,56 @@
 #define CHUNKS ((DV + 127) / 128)  // each lane gathers so many times 4 outputs
 #define LOTS (WARPS < 2 * COLS ? 1 : WARPS / COLS < 8 ? WARPS / COLS : 8)  // warps that share a column
 
-// A warp's result into its slot, a page buffer that it is done with.
-__device__ __forceinline__ void put_slot(const Params& p, const Shared& m, Running& r, bool any, u8* buffer, int warp, int lane) {
+// A warp's result, if it has seen nothing zeros, into its slot, a page buffer that it is done with.
+__device__ __forceinline__ void put_slot(const Params& p, const Shared& m, Running& r, u8* buffer, int warp, int lane) {
     const int g = lane >> 2, c = lane & 3;
 #pragma unroll
     for (int o = 4; o < 32; o *= 2) {
         r.sum += __shfl_xor_sync(FULL, r.sum, o);
         r.weight_sum += __shfl_xor_sync(FULL, r.weight_sum, o);
     }
-    if (any) {
-        const float less = r.weight_sum * p.levels_v.kappa;
-        float* slot = (float*)buffer + c * SLOT_ROW;
+    const float less = r.weight_sum * p.levels_v.kappa;
+    float* slot = (float*)buffer + c * SLOT_ROW;
 #pragma unroll
-        for (int u = 0; u < V_UNITS; ++u) {
-            slot[r.place(u, 0, g)] = r.out(u, 0) - less;
-            slot[r.place(u, 1, g)] = r.out(u, 1) - less;
-        }
+    for (int u = 0; u < V_UNITS; ++u) {
+        slot[r.place(u, 0, g)] = r.out(u, 0) - less;
+        slot[r.place(u, 1, g)] = r.out(u, 1) - less;
     }
     if (g == 0) *(float2*)(m.stats + (warp * COLS + c) * 2) = make_float2(r.top, r.sum);
-    if (lane == 0) m.flag[4 + warp] = any ? (int)(buffer - m.ring) : -1;
+    if (lane == 0) m.flag[4 + warp] = (int)(buffer - m.ring);
 }
 
-// All slots of the block into one part at `to`. Between barriers.
-template <class To>
+// Where in the ring a warp's slot lies: always in its first buffer, or where `put_slot` has noted it.
+struct FirstBuffers {
+    __device__ __forceinline__ int operator()(const Shared&, int warp) const { return warp * STAGES * PAGE_BYTES; }
+};
+struct NotedBuffers {
+    __device__ __forceinline__ int operator()(const Shared& m, int warp) const { return m.flag[4 + warp]; }
+};
+
+// All slots of the block into one part at `to`. Between barriers. Everything is read at once, without branches.
+template <class Buffers, class To>
 __device__ __forceinline__ void merge_slots(const Shared& m, const To& to, int tid) {
+    const Buffers slot_of;
 #pragma unroll 1
     for (int i = tid; i < COLS * DV / 2; i += THREADS) {
         const int j = i / (DV / 2), d = 2 * (i - j * (DV / 2));
-        float2 st[WARPS];
+        float2 st[WARPS], v[WARPS];
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) st[w] = *(const float2*)(m.stats + (w * COLS + j) * 2);
+        for (int w = 0; w < WARPS; ++w) {
+            st[w] = *(const float2*)(m.stats + (w * COLS + j) * 2);
+            v[w] = *(const float2*)((const float*)(m.ring + slot_of(m, w)) + j * SLOT_ROW + d);
+        }
         float most = NOTHING, l = 0.0f;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) most = max_nan(most, st[w].x);
         float2 y = make_float2(0.0f, 0.0f);
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
-            const int at = m.flag[4 + w];
-            if (at >= 0) {
-                const float f = exp2_fast(st[w].x - most);
-                const float2 v = *(const float2*)((const float*)(m.ring + at) + j * SLOT_ROW + d);
-                y.x = fmaf(f, v.x, y.x);
-                y.y = fmaf(f, v.y, y.y);
-                l = fmaf(f, st[w].y, l);
-            }
+            const float f = exp2_fast(st[w].x - most);
+            y.x = fmaf(f, v[w].x, y.x);
+            y.y = fmaf(f, v[w].y, y.y);
+            l = fmaf(f, st[w].y, l);
         }
         to.put(j, d, y);
         if (d == 0) to.put_stat(j, make_float2(most, l));
@@ -107,7 +113,10 @@ struct GlobalPart {
 struct AwaitedParts {
     float *base, *merged;
     int own, splits, columns;  // columns beyond those are neither sent nor gathered
-    __device__ __forceinline__ int rank_of(int j) const { return splits - 1 - j % splits; }
+    __device__ __forceinline__ int rank_of(int j) const {
+        while (j >= splits) j -= splits;  // hardly ever: not worth a division
+        return splits - 1 - j;
+    }
     __device__ __forceinline__ static float sendable(float f) { return __float_as_uint(f) == ABSENT ? __uint_as_float(0x7fffffffu) : f; }
     __device__ __forceinline__ static bool is_there(float f) { return __float_as_uint(f) != ABSENT; }
     __device__ __forceinline__ static bool is_there(const float4& v, const float2& st) {
@@ -204,14 +213,14 @@ struct Gathered {
                     for (int n = 0; n < CHUNKS; ++n) {
                         if (!inside(n, lane)) continue;
                         parts.taken(first + (base + i) * step, j, 32 * n + lane);
-                        y[n].x = fmaf(share, ahead[i][n].x, y[n].x);
-                        y[n].y = fmaf(share, ahead[i][n].y, y[n].y);
-                        y[n].z = fmaf(share, ahead[i][n].z, y[n].z);
-                        y[n].w = fmaf(share, ahead[i][n].w, y[n].w);
+                        add(n, share, ahead[i][n]);
                     }
                 }
             }
         }
+    }
+    __device__ __forceinline__ void add(int n, float share, const float4& v) {
+        y[n] = make_float4(fmaf(share, v.x, y[n].x), fmaf(share, v.y, y[n].y), fmaf(share, v.z, y[n].z), fmaf(share, v.w, y[n].w));
     }
     __device__ __forceinline__ static bool inside(int n, int lane) { return DV % 128 == 0 || 32 * n + lane < DV / 4; }
     __device__ __forceinline__ void put(float* row, float share, int lane) const {
@@ -221,11 +230,8 @@ struct Gathered {
     }
 };
 
-// Column j of all parts, divided by its sum, rotated back and stored, by one warp. `row`: DV floats.
-template <int N, class Parts>
-__device__ __forceinline__ void finish_column(const Params& p, const Shared& m, const Place& place, const Parts& parts, int count, int j, float* row, int lane) {
-    Gathered r = {};
-    r.take<N>(parts, 0, 1, count, j, lane);
+// Column j, gathered, divided by its sum, rotated back and stored, by one warp. `row`: DV floats.
+__device__ __forceinline__ void store_column(const Params& p, const Shared& m, const Place& place, const Gathered& r, int j, float* row, int lane) {
     r.put(row, r.sum > 0.0f || r.sum != r.sum ? rcp_fast(r.sum) : 0.0f, lane);
     __syncwarp();
     float v[(DV + 31) / 32];
@@ -240,6 +246,14 @@ __device__ __forceinline__ void finish_column(const Params& p, const Shared& m, 
         if (DV % 32 == 0 || lane + 32 * i < DV) store_one(p.out, to * DV + lane + 32 * i, v[i], OUT);
     if (lane == 0) p.lse[to] = r.sum > 0.0f || r.sum != r.sum ? (r.top + log2f(r.sum)) * 0.6931471805599453f : -INF;
     __syncwarp();
+}
+
+// As `store_column`, of all parts, N at a time.
+template <int N, class Parts>
+__device__ __forceinline__ void finish_column(const Params& p, const Shared& m, const Place& place, const Parts& parts, int count, int j, float* row, int lane) {
+    Gathered r = {};
+    r.take<N>(parts, 0, 1, count, j, lane);
+    store_column(p, m, place, r, j, row, lane);
 }
 
 // Whether this block is the last of `count` to arrive, with its part written. By the whole block.

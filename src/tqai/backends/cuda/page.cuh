@@ -25,9 +25,13 @@ __device__ __forceinline__ const u8* mask_row(const Params& p, const Place& at, 
 }
 #endif
 
-__device__ __forceinline__ void take_page(const Params& p, const Shared& m, const Query& q, Running& r, const u8* data, [[maybe_unused]] const u8* mask, int page, u8* scratch, int lane) {
+// `halfway` is called when all has been read of the keys, and before anything is of the values.
+template <class Halfway>
+__device__ __forceinline__ void take_page(const Params& p, const Shared& m, const Query& q, Running& r, const u8* data, [[maybe_unused]] const u8* mask, int page, u8* scratch, int lane, const Halfway& halfway) {
     const int g = lane >> 2, c = lane & 3;
     const Levels &lk = p.levels_k, &lv = p.levels_v;
+    const u32 minus = (u32)(-p.times256 >> 8);
+    const u32 own_k = BK == 8 ? own_entries(m.lut_k(), lane) : 0, own_v = BV == 8 ? own_entries(m.lut_v(), lane) : 0;
     int dots[4][4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -38,11 +42,11 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     for (int v = 0; v < K_STEPS; ++v) {
         u32 w0[BK], a0[8], b0[8];
         load_unit<BK>(data + (2 * v) * (BK * 128), lane, w0);
-        unpack_unit<BK>(w0, lk, m.lut_k(), lane, a0, b0);
+        unpack_unit<BK>(w0, lk, own_k, minus, a0, b0);
         if (2 * v + 1 < K_UNITS) {
             u32 w1[BK], a1[8], b1[8];
             load_unit<BK>(data + (2 * v + 1) * (BK * 128), lane, w1);
-            unpack_unit<BK>(w1, lk, m.lut_k(), lane, a1, b1);
+            unpack_unit<BK>(w1, lk, own_k, minus, a1, b1);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 mma_s8s8(dots[j], a0[2 * j], a0[2 * j + 1], a1[2 * j], a1[2 * j + 1], q.a[v][0], q.a[v][1]);
@@ -58,6 +62,7 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     }
 
     const uint4 sk4 = *(const uint4*)(data + K_SCALES_AT + g * 16);
+    halfway();
     const uint4 sv4 = *(const uint4*)(data + V_SCALES_AT + g * 16);
     const u32 sk[4] = {sk4.x, sk4.y, sk4.z, sk4.w}, sv[4] = {sv4.x, sv4.y, sv4.z, sv4.w};
     float x[8], w[8];
@@ -129,7 +134,7 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
 #pragma unroll
     for (int o = 4; o < 32; o *= 2) most = max_nan(most, __shfl_xor_sync(FULL, most, o));
     const float share = 65280.0f * rcp_fast(most);
-    const float back = most * (lv.unit / 65280.0f);
+    const float back = most * (lv.unit * (1.0f / 65280.0f));
 
     // Weights as 16-bit integers, in the low half of floats near 2^23; then from "lane 4 g + c has
     // tokens 8 g .. of column c" to "lane 4 n + c has tokens 8 c .. of column and part n".
@@ -160,7 +165,7 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     for (int u = 0; u < V_UNITS; ++u) {
         u32 w0[BV], a[8], b[8];
         load_unit<BV>(data + V_CODES_AT + u * (BV * 128), lane, w0);
-        unpack_unit<BV>(w0, lv, m.lut_v(), lane, a, b);
+        unpack_unit<BV>(w0, lv, own_v, minus, a, b);
         int s4[4] = {0, 0, 0, 0};
         mma_s8u8(s4, a[0], a[1], a[2], a[3], pa[0][0], pa[0][1]);
         mma_s8u8(s4, a[4], a[5], a[6], a[7], pa[1][0], pa[1][1]);
@@ -171,4 +176,8 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
         r.o[u][0] = fmaf((float)(s4[0] * p.times256 + s4[1]), back, r.o[u][0]);
         r.o[u][1] = fmaf((float)(s4[2] * p.times256 + s4[3]), back, r.o[u][1]);
     }
+}
+
+__device__ __forceinline__ void take_page(const Params& p, const Shared& m, const Query& q, Running& r, const u8* data, const u8* mask, int page, u8* scratch, int lane) {
+    take_page(p, m, q, r, data, mask, page, scratch, lane, [] {});
 }

@@ -29,10 +29,18 @@
 #if TRELLIS
 #include "trellis_params.cuh"
 #else
-#define HALVES 0
-#define LUTS ((BK == 8) + (BV == 8))
+#define LUTS (ONE_LUT ? 1 : (BK == 8) + (BV == 8))
 #define LUT_WORDS (LUTS * 8192)
 #define SCRATCH_BYTES (V_TABLES * PASS_BYTES > 4 * (DK > DV ? DK : DV) ? V_TABLES * PASS_BYTES : 4 * (DK > DV ? DK : DV))
+#endif
+// Whether keys and values of a page are fetched apart (`attend_split.cu`): where a warp has one buffer alone. BULK is
+// what stands in for sm_90.
+#ifndef HALVES
+#if STAGES == 1 && (__CUDA_ARCH__ >= 900 || BULK)
+#define HALVES 1
+#else
+#define HALVES 0
+#endif
 #endif
 #define BARS (HALVES ? 2 : STAGES)
 #define STATS ((WARPS > 8 ? WARPS : 8) * COLS * 2)
@@ -126,7 +134,7 @@ struct Shared {
 #if TRELLIS
     __device__ __forceinline__ const u32* lut_v() const { return luts + (SAME ? 0 : K_TABLE_WORDS); }
 #else
-    __device__ __forceinline__ const u32* lut_v() const { return luts + (BK == 8 ? 8192 : 0); }
+    __device__ __forceinline__ const u32* lut_v() const { return luts + (BK == 8 && !ONE_LUT ? 8192 : 0); }
 #endif
 };
 
@@ -158,7 +166,7 @@ struct Constants {
 #else
         if (BK == 8)
             for (int i = tid; i < 8192; i += THREADS) m.luts[i] = p.lut_k[i >> 5];
-        if (BV == 8)
+        if (BV == 8 && !ONE_LUT)
             for (int i = tid; i < 8192; i += THREADS) m.luts[(BK == 8 ? 8192 : 0) + i] = p.lut_v[i >> 5];
 #endif
     }

@@ -89,6 +89,8 @@ def codec_macros(page_format: PageFormat, dtype: str) -> dict[str, int]:
     """Macros common to all kernels."""
     key, value = page_format.key.spec, page_format.value.spec
     further = trellis_macros(page_format) if is_trellis(page_format) else {}
+    if not further:
+        further = {"ONE_LUT": int(has_one_lookup(page_format))}
     return {
         "DK": key.head_dim,
         "DV": value.head_dim,
@@ -101,6 +103,14 @@ def codec_macros(page_format: PageFormat, dtype: str) -> dict[str, int]:
     }
 
 
+def has_one_lookup(page_format: PageFormat) -> bool:
+    """Whether keys and values of 8 bits have the same levels: one table in shared memory then serves both."""
+    key, value = page_format.key, page_format.value
+    if key.spec.bits != 8 or value.spec.bits != 8:
+        return False
+    return np.array_equal(key.tables()["centroids"], value.tables()["centroids"])
+
+
 def attention_shared_bytes(
     page_format: PageFormat, shape: Shape, batch: int, table_bytes: int | None = None
 ) -> int:
@@ -111,9 +121,8 @@ def attention_shared_bytes(
     value_tables = 2 if value.bits in (4, 8) else 1
     warps = shape.warps
     passed = value_tables * 544
-    halves = table_bytes is not None and shape.stages == 1
     if table_bytes is None:
-        table_bytes = 32768 * ((key.bits == 8) + (value.bits == 8))
+        table_bytes = 32768 * ((key.bits == 8) + (value.bits == 8) - has_one_lookup(page_format))
     else:
         passed = 16 * (PAGE_TOKENS + 4)
     signs = ROUNDS[key.rotation] * key.head_dim + ROUNDS[value.rotation] * value.head_dim
@@ -127,7 +136,7 @@ def attention_shared_bytes(
             signs * 4,
             2 * 8 * (32 * steps + 16),
             warps * max(passed, 4 * key.head_dim, 4 * value.head_dim),
-            warps * (2 if halves else shape.stages) * 8 + 16,
+            warps * max(shape.stages, 2) * 8 + 16,
             COLUMNS * 8,
             4 * (4 + warps),
             4 * (batch + 1),

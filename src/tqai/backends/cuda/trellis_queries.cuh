@@ -13,21 +13,7 @@
 __device__ __forceinline__ int key_place(int d);
 #endif
 
-struct RawQuery {
-    float x[(DK + 31) / 32];  // elements lane, lane + 32, ...
-
-    __device__ __forceinline__ void load(const Params& p, const Place& at, int j, int lane) {
-        int head, token;
-        at.column(p, j, head, token);
-        const bool real = j < at.columns(p);
-        const i64 from = at.b * p.query_strides[0] + head * p.query_strides[1] + token * p.query_strides[2];
-#pragma unroll
-        for (int i = 0; i < (DK + 31) / 32; ++i) {
-            const int d = lane + 32 * i;
-            x[i] = real && (DK % 32 == 0 || d < DK) ? load_one(p.query, from + d) : 0.0f;
-        }
-    }
-};
+#include "raw_query.cuh"
 
 // One warp takes one column. Arrives at `ready[0]` when the query as given lies in `queries`, and at `ready[1]`
 // when it lies rotated in `turned`, divided by its largest element.

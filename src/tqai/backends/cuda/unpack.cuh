@@ -42,15 +42,28 @@ __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
 
 #define HAS_TWO_TABLES(bits) ((bits) == 4 || (bits) == 8)
 
-// `lut` (8 bits only): shared memory, entry [code][lane], byte 0 of it for table a and byte 1 for b.
+// A lane's entries of a table in shared memory, [code][lane] (8 bits alone): byte 0 for table a, byte 1 for b. The
+// compiler must not see how the address of the first is made, or it computes the others' in three steps, not one.
+__device__ __forceinline__ u32 own_entries(const u32* lut, int lane) {
+    u32 first = shared_address(lut) + 4 * lane;
+    asm("" : "+r"(first));
+    return first;
+}
+__device__ __forceinline__ u32 entry_at(u32 first, u32 code) {
+    u32 entry;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(entry) : "r"(first + code * 128));
+    return entry;
+}
+
+// `own`: see `own_entries`. `minus` is -1, which the compiler must not know: it would take the products to the
+// busier unit.
 template <int BITS>
-__device__ __forceinline__ void unpack_unit(const u32 (&w)[BITS], const Levels& t, const u32* lut, int lane,
-                                            u32 (&a)[8], u32 (&b)[8]) {
+__device__ __forceinline__ void unpack_unit(const u32 (&w)[BITS], const Levels& t, [[maybe_unused]] u32 own, [[maybe_unused]] u32 minus, u32 (&a)[8], u32 (&b)[8]) {
     if constexpr (BITS == 8) {
 #pragma unroll
         for (int r = 0; r < 8; ++r) {
-            u32 e0 = lut[(w[r] & 0xff) * 32 + lane], e1 = lut[((w[r] >> 8) & 0xff) * 32 + lane];
-            u32 e2 = lut[((w[r] >> 16) & 0xff) * 32 + lane], e3 = lut[(w[r] >> 24) * 32 + lane];
+            const u32 e0 = entry_at(own, w[r] & 0xff), e1 = entry_at(own, __byte_perm(w[r], 0, 0x4441));
+            const u32 e2 = entry_at(own, __byte_perm(w[r], 0, 0x4442)), e3 = entry_at(own, w[r] >> 24);
             u32 x = __byte_perm(e0, e1, 0x5410), y = __byte_perm(e2, e3, 0x5410);
             a[r] = __byte_perm(x, y, 0x6420);
             b[r] = __byte_perm(x, y, 0x7531);
@@ -58,14 +71,16 @@ __device__ __forceinline__ void unpack_unit(const u32 (&w)[BITS], const Levels& 
     } else if constexpr (BITS == 4) {
         // A nibble's top bit says which table holds its level. The permute returns the sign of an entry
         // where a selector's top bit is set, so each table gives its levels and, elsewhere, 0 or -1; the
-        // tables are made with that in mind, and no masking is needed.
+        // tables are made with that in mind, and no masking is needed. The second table's selectors are
+        // inverted, all bits of them, and so is the order of its entries.
+        const u32 b0 = __byte_perm(t.b1, 0, 0x0123), b1 = __byte_perm(t.b0, 0, 0x0123);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            u32 v = w[j] ^ 0x88888888u;
+            const u32 v = w[j] >> 16;
             a[2 * j] = permute(t.a0, t.a1, w[j]);
-            b[2 * j] = permute(t.b0, t.b1, v);
-            a[2 * j + 1] = permute(t.a0, t.a1, w[j] >> 16);
-            b[2 * j + 1] = permute(t.b0, t.b1, v >> 16);
+            b[2 * j] = permute(b0, b1, w[j] * minus + minus);
+            a[2 * j + 1] = permute(t.a0, t.a1, v);
+            b[2 * j + 1] = permute(b0, b1, v * minus + minus);
         }
     } else if constexpr (BITS == 3) {
         u32 rest = ((w[0] >> 3) & 0x11111111u) | ((w[1] >> 2) & 0x22222222u) | ((w[2] >> 1) & 0x44444444u);
