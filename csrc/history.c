@@ -23,9 +23,11 @@ static block block_at(const job *j, int batch, int first_head, int start, int pa
     return b;
 }
 
-static inline void prefetch_scales(const uint8_t *scales) {
-    __builtin_prefetch(scales, 0, 2);
-    __builtin_prefetch(scales + 64, 0, 2);
+static inline void prefetch_scales(const tqai_page_format *f, const uint8_t *page) {
+    __builtin_prefetch(page + f->key_scales_at, 0, 2);
+    __builtin_prefetch(page + f->key_scales_at + 64, 0, 2);
+    __builtin_prefetch(page + f->value_scales_at, 0, 2);
+    __builtin_prefetch(page + f->value_scales_at + 64, 0, 2);
 }
 
 /* One head of a block. `next` has `pages` addresses of records to prefetch. */
@@ -43,15 +45,18 @@ static void head_block(const job *j, const place *at, const uint8_t *const *page
         next_values[p] = next[p] + f->value_codes_at;
         j->kernels->scales(f, page[p], 0, 1.0f, key_scale + TQAI_PAGE_TOKENS * p);
         j->kernels->scales(f, page[p], 1, VALUE_DOWN, value_scale + TQAI_PAGE_TOKENS * p);
-        prefetch_scales(next[p] + f->key_scales_at);
     }
+    /* few scales are prefetched at a time: for more lines than a core can keep track of it would wait */
+    const int step_pages = j->kernels->of_bytes(&f->key) ? 4 : 1;
     for (int r = 0, rows; r < j->rows; r += rows) {
         rows = tqai_block_rows(j->rows - r);
         const size_t query = (size_t)at->pair * (size_t)j->rows + (size_t)r, row = at->first_row + (size_t)r;
         const int16_t *q = j->q + query * (size_t)f->key.head_dim;
-        j->kernels->key_dots(&f->key, page, next, pages, q, rows, dots);
-        if (r == 0) /* not with those of the keys: more lines at a time than a core can wait for */
-            for (int p = 0; p < pages; p++) prefetch_scales(next[p] + f->value_scales_at);
+        for (int p = 0; p < pages; p += step_pages) {
+            const int count = pages - p < step_pages ? pages - p : step_pages;
+            j->kernels->key_dots(&f->key, page + p, next + p, count, q, rows, dots + TQAI_PAGE_TOKENS * p);
+            for (int i = p; i < p + count && r == 0; i++) prefetch_scales(f, next[i]);
+        }
         block_mask mask = {.stride = a->mask_strides[3], .first = first};
         for (int i = 0; i < rows; i++) mask.row[i] = tqai_mask_at(j, at, r + i, column);
         float *acc = j->acc + row * (size_t)f->value.head_dim;

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import cache_option_tables  # noqa: E402
 import choice_tables  # noqa: E402
+import cpu_tables  # noqa: E402
 import gpu_tables  # noqa: E402
 import mlx_tables  # noqa: E402
 import serve_tables  # noqa: E402
@@ -192,40 +193,6 @@ def speed_table(root: Path) -> str:
     return "\n".join(lines)
 
 
-def cpu_attention_table(root: Path) -> str:
-    """Time of one step of attention on the CPU, packed codes against the fastest torch formulation."""
-    result = _result(root, "cpu_attention")
-    if result is None:
-        return "No result is committed yet; `python benchmarks/cpu_attention.py` writes it."
-    paths = [f"{isa} {bits}" for isa in ("avx512", "avx2") for bits in ("K4/V4", "K4/V2", "K3/V3")]
-    lines = [
-        "| tokens | fastest torch | " + " | ".join(paths) + " |",
-        "|---|---|" + "---|" * len(paths),
-    ]
-    for tokens, rows in result["lengths"].items():
-        of_torch = {name: row for name, row in rows.items() if name.startswith("torch")}
-        fastest = min(of_torch, key=lambda name: of_torch[name]["median_ms"])
-        cells = [f"{of_torch[fastest]['median_ms']:.2f} ({fastest.removeprefix('torch ')})"]
-        for path in paths:
-            row = rows[f"native {path}"]
-            cells.append(f"{row['median_ms']:.2f} ({row['times_faster_than_fastest_torch']:.1f}x)")
-        lines.append(f"| {tokens} | {' | '.join(cells)} |")
-    worst = max(
-        row["relative_error"]
-        for rows in result["lengths"].values()
-        for name, row in rows.items()
-        if name.startswith("native")
-    )
-    machine, read = result["machine"], result["read_bytes_per_s"] / 1e9
-    lines += [
-        "",
-        f"Median milliseconds, and how many times faster than the fastest torch formulation of the same run. "
-        f"Largest relative L2 error of a packed path: {worst:.0e}. {machine['cpu']}, {machine['threads']} "
-        f"threads, torch {result['versions']['torch']}; memory reads at {read:.1f} GB/s in the same run.",
-    ]
-    return "\n".join(lines)
-
-
 def cpu_generate_table(root: Path) -> str:
     """`generate` end to end on the CPU, against DynamicCache."""
     result = _result(root, "cpu_generate")
@@ -278,7 +245,9 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "picture": picture,
     "quality": quality_table,
     "speed": speed_table,
-    "cpu-attention": cpu_attention_table,
+    "cpu-attention": cpu_tables.attention_table,
+    "cpu-targets": cpu_tables.targets_table,
+    "cpu-second-machine": cpu_tables.second_machine_table,
     "cpu-generate": cpu_generate_table,
     "cpu-trellis-attention": trellis_tables.cpu_attention_table,
     "cpu-trellis-codes": trellis_tables.cpu_codes_table,
