@@ -3,6 +3,7 @@
 import io
 
 import pytest
+from serving import serving
 
 from tqai.cli.app import main
 
@@ -40,6 +41,17 @@ def test_local_and_remote_conversations_are_the_same(served, monkeypatch, capsys
     assert answers(local)[:2] == answers(remote)[:2]
     assert local.count(answers(local)[-1]) >= 2, "after /reset the first answer comes again"
     assert "times less than bfloat16" in remote
+
+
+def test_the_key_of_a_server(make_engine, monkeypatch, capsys):
+    with make_engine() as engine, serving(engine, api_keys=("mine",)) as served:
+        monkeypatch.delenv("TQAI_API_KEYS", raising=False)
+        status, out, err = talk(monkeypatch, capsys, ["The import"], "--url", served.url)
+        assert status == 1 and out == "" and "401" in err
+        given = talk(monkeypatch, capsys, ["The import"], "--url", served.url, "--api-key", "mine")
+        monkeypatch.setenv("TQAI_API_KEYS", "mine,other")
+        found = talk(monkeypatch, capsys, ["The import"], "--url", served.url)
+        assert given == found and given[0] == 0 and given[1].strip()
 
 
 @pytest.mark.parametrize("options", [("--url", "http://127.0.0.1:9"), ("--url", "x", "--model", "y")])

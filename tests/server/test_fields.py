@@ -59,7 +59,7 @@ def sampling(base):
         ("frequency_penalty", base, {**base, "frequency_penalty": 2}),
         ("logit_bias", base, {**base, "logit_bias": {"100": 100}}),
         ("seed", base, {**base, "seed": 2}),
-        ("stop", {**base, "stop": "a"}, {**base, "stop": ["a", "b"]}),
+        ("stop", base, {**base, "stop": ["ab", "c"]}),
         ("stop_token_ids", base, {**base, "stop_token_ids": [100]}),
         ("ignore_eos", base, {**base, "ignore_eos": True}),
         ("n", base, {**base, "n": 2}),
@@ -376,6 +376,13 @@ def test_no_field_is_forgotten(path):
     if path == "/tokenize":  # its messages are those of chat
         left -= {"messages.content.type", "messages.tool_calls.type"}
     assert set(shown) == left
+
+
+def test_one_stop_string_is_a_list_of_it(answered):
+    found = [
+        answered("/v1/completions", {**PROMPT, **stop}) for stop in ({"stop": "ab"}, {"stop": ["ab"]}, {})
+    ]
+    assert found[0] == found[1] != found[2]
 
 
 def test_special_tokens_of_a_prompt(served, monkeypatch):

@@ -11,9 +11,13 @@ import pytest
 from serving import MODEL, serving
 
 from tqai.server.api.lifecycle import config_for
+from tqai.server.api.schemas import TokenizeRequest
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MESSAGES = [{"role": "user", "content": "x"}]
+FORCED = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}
+CHOSEN = {"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": "function", "name": "f"}}
+EXTRA = {"name": "n", "schema": {"type": "object"}, "extra": 1}
 SCHEMA = {"json_schema": {"name": "n", "schema": {"type": "object"}}}
 
 
@@ -27,6 +31,16 @@ SCHEMA = {"json_schema": {"name": "n", "schema": {"type": "object"}}}
         (COMPLETIONS, {"prompt": "x", "suffix": "y"}, "suffix"),
         (RESPONSES, {"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
         (RESPONSES, {"input": "x", "background": True}, "background"),
+        (
+            CHAT,
+            {"messages": MESSAGES, "response_format": {"type": "json_schema", "json_schema": EXTRA}},
+            "response_format.json_schema.extra",
+        ),
+        (
+            RESPONSES,
+            {"input": "x", "text": {"format": {"type": "json_schema", **EXTRA}}},
+            "text.format.extra",
+        ),
     ],
 )
 def test_unsupported_parameters_are_refused_by_name(served, path, body, param):
@@ -54,6 +68,10 @@ def test_unsupported_parameters_are_refused_by_name(served, path, body, param):
         (COMPLETIONS, {"prompt": "x", "max_tokens": 0}, "max_tokens"),
         (COMPLETIONS, {"prompt": "x", "echo": True, "stream": True, "logprobs": 1}, "echo"),
         (COMPLETIONS, {"prompt": "x", "stream_options": {}}, "stream_options"),
+        (CHAT, {"messages": MESSAGES, **FORCED, "response_format": {"type": "json_object"}}, "tool_choice"),
+        (CHAT, {"messages": MESSAGES, **FORCED, "guided_regex": "a"}, "tool_choice"),
+        (CHAT, {"messages": MESSAGES, "guided_regex": "a", "guided_json": {}}, "guided_json"),
+        (RESPONSES, {"input": "x", **CHOSEN, "text": {"format": {"type": "json_object"}}}, "tool_choice"),
         ("/tokenize", {"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
         ("/tokenize", {"messages": MESSAGES, "prompt": "x"}, "prompt"),
         (RESPONSES, {"input": "x", "top_logprobs": 2}, "top_logprobs"),
@@ -61,6 +79,11 @@ def test_unsupported_parameters_are_refused_by_name(served, path, body, param):
         (RESPONSES, {"input": "x", "text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format"),
         (RESPONSES, {"input": "x", "text": {"format": {"type": "text", "schema": {}}}}, "text.format"),
         (RESPONSES, {"input": "x", "store": True}, "store"),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": "5"}, "max_tokens"),
+        (COMPLETIONS, {"prompt": "x", "echo": 1}, "echo"),
+        (COMPLETIONS, {"prompt": [True]}, "prompt"),
+        (CHAT, {"messages": MESSAGES, "n": 1.0}, "n"),
+        (RESPONSES, {"input": "x", "max_output_tokens": "5"}, "max_output_tokens"),
         (RESPONSES, {"input": "x", "truncation": "auto"}, "truncation"),
         (RESPONSES, {"input": "x", "parallel_tool_calls": False}, "parallel_tool_calls"),
         (COMPLETIONS, {"prompt": "x", "guided_json": {"type": "nonsense"}}, "guided_json"),
@@ -84,6 +107,30 @@ def test_text_that_no_tokenizer_reads(served):
     content = json.dumps({"model": MODEL, "prompt": "\ud800"})
     answer = served.http.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt"
+
+
+def test_what_is_told_of_a_request_is_short_and_text(served):
+    names = {"type": "function", "function": {"name": "x" * 10_000}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    status, message, _ = served.error(CHAT, messages=MESSAGES, tools=tools, tool_choice=names)
+    assert status == 400 and len(message) <= 500 and "no tool is named" in message
+    headers = {"Content-Type": "application/json"}
+    for body in ({"model": "\ud800", "prompt": "x"}, {"model": MODEL, "prompt": "x", "\ud800": 1}):
+        answer = served.http.post(COMPLETIONS, content=json.dumps(body), headers=headers)
+        assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_what_is_cut_off_by_the_end_of_the_server_gets_503(make_engine):
+    with make_engine() as engine, serving(engine) as served:
+        found = []
+        body = {"prompt": "x", "max_tokens": 9000, "ignore_eos": True}
+        asking = threading.Thread(target=lambda: found.append(served.post(COMPLETIONS, **body)))
+        asking.start()
+        until(lambda: engine.figures().running)
+        engine.stop()
+        asking.join(60)
+        assert found[0].status_code == 503 and found[0].json()["error"]["type"] == "server_error"
+        assert served.http.get("/health").status_code == 503
 
 
 def test_a_token_id_beyond_the_vocabulary_is_refused(served):
@@ -123,9 +170,70 @@ def test_idle_connections_are_kept_for_longer_than_clients_keep_them():
     assert config_for(None, "127.0.0.1", 0).timeout_keep_alive > 65
 
 
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+
 def test_cors_is_off(served):
-    answer = served.http.get("/v1/models", headers={"Origin": "http://evil.example"})
-    assert not [name for name in answer.headers if name.startswith("access-control")]
+    origin = {"Origin": "http://evil.example"}
+    preflight = served.http.options("/v1/models", headers={**origin, **PREFLIGHT})
+    assert preflight.status_code == 405
+    for answer in (preflight, served.http.get("/v1/models", headers=origin)):
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_an_allowed_origin_may_ask_and_bring_a_key(make_engine):
+    origin = {"Origin": "http://mine.example"}
+    with (
+        make_engine() as engine,
+        serving(engine, api_keys=("first",), allowed_origins=("http://mine.example",)) as served,
+    ):
+        answer = served.http.options("/v1/models", headers={**origin, **PREFLIGHT})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "http://mine.example"
+        assert "Authorization" in answer.headers["access-control-allow-headers"]
+        other = served.http.options("/v1/models", headers={"Origin": "http://evil.example", **PREFLIGHT})
+        assert "access-control-allow-origin" not in other.headers
+        assert served.http.options("/v1/models").status_code == 401
+        refused = served.http.get("/v1/models", headers=origin)
+        assert refused.status_code == 401, "which the page may read:"
+        assert refused.headers["access-control-allow-origin"] == "http://mine.example"
+        assert "access-control-allow-credentials" not in refused.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "most", "more"),
+    [
+        (COMPLETIONS, {"stop": ["a"] * 16}, {"stop": ["a"] * 17}),
+        (COMPLETIONS, {"stop": "a" * 256}, {"stop": "a" * 257}),
+        (COMPLETIONS, {"stop_token_ids": [5] * 256}, {"stop_token_ids": [5] * 257}),
+        (COMPLETIONS, {"logprobs": 20}, {"logprobs": 21}),
+        (CHAT, {"logprobs": True, "top_logprobs": 20}, {"logprobs": True, "top_logprobs": 21}),
+        (COMPLETIONS, {"guided_regex": "a" * 4096}, {"guided_regex": "a" * 4097}),
+        ("/tokenize", {"messages": MESSAGES * 4096}, {"messages": MESSAGES * 4097}),
+        (COMPLETIONS, {"temperature": 2}, {"temperature": 2.01}),
+        (COMPLETIONS, {"presence_penalty": -2}, {"presence_penalty": -2.01}),
+        (COMPLETIONS, {"n": 16}, {"n": 17}),
+        (
+            RESPONSES,
+            {"metadata": {str(n): "" for n in range(16)}},
+            {"metadata": {str(n): "" for n in range(17)}},
+        ),
+    ],
+)
+def test_documented_limits_are_where_they_are_said_to_be(served, path, most, more):
+    if path in (RESPONSES, "/tokenize"):
+        body = {"input": "x", "max_output_tokens": 1} if path == RESPONSES else {}
+    else:
+        body = {"max_tokens": 1} | ({"prompt": "x"} if path == COMPLETIONS else {"messages": MESSAGES})
+    assert served.post(path, **{**body, **most}).status_code == 200
+    status, _, param = served.error(path, **{**body, **more})
+    assert (status, param.partition(".")[0]) == (400, list(more)[-1])
+
+
+def test_a_text_has_at_most_4_mi_characters():
+    assert TokenizeRequest(prompt=" " * (4 << 20))
+    with pytest.raises(ValueError, match="4194304 characters"):
+        TokenizeRequest(prompt=" " * ((4 << 20) + 1))
 
 
 def test_tokenize(served, loaded):
@@ -150,11 +258,12 @@ def test_keys_body_size_and_tools_without_a_template(make_engine):
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
             assert served.http.get("/metrics", headers=wrong).status_code == 401
         assert served.http.get("/health").status_code == 200
-        served.http.headers["Authorization"] = "Bearer second"
-        assert served.http.get(path).status_code == 200
+        for right in ("bearer first", "BEARER  second", "Bearer second"):
+            served.http.headers["Authorization"] = right
+            assert served.http.get(path).status_code == 200
         assert served.error(COMPLETIONS, prompt="x" * 1000)[0] == 413
         unannounced = served.http.post(COMPLETIONS, content=(b"x" * 100 for _ in range(11)))
-        assert unannounced.status_code == 413
+        assert unannounced.status_code == 413 and unannounced.headers["Connection"] == "close"
         tool = {"type": "function", "function": {"name": "f"}}
         assert served.error(CHAT, messages=MESSAGES, tools=[tool])[2] == "tools"
         with serving(engine, chat_template=None) as bare:

@@ -32,17 +32,15 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        is_open = scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS"
+        is_open = scope["path"] in OPEN_PATHS
         if self._digests and not is_open and not self._knows(headers.get(b"authorization", b"")):
             body = error_body(401, "missing or unknown API key", None, "invalid_api_key")
             await JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
         limit = self.settings.max_body_bytes
-        declared = headers.get(b"content-length", b"0")
-        too_long = declared.isdigit() and int(declared[:20]) > limit
         messages: list[Message] = []
-        size = 0
-        while not too_long and scope["method"] in ("POST", "PUT", "PATCH"):
+        size, too_long = 0, False
+        while not too_long:
             message = await receive()
             messages.append(message)
             size += len(message.get("body", b""))
@@ -70,7 +68,7 @@ class Gate:
 async def _discard(receive: Receive, read: list[Message], most: int) -> None:
     """Read on for at most so many bytes: a client that is still sending would see a broken connection in
     place of the answer."""
-    message: Message = read[-1] if read else {"type": "http.request", "more_body": True}
+    message = read[-1]
     while most > 0 and message["type"] == "http.request" and message.get("more_body", False):
         message = await receive()
         most -= len(message.get("body", b"")) or 1
