@@ -58,16 +58,16 @@ def test_32_concurrent_requests_get_what_each_gets_alone(make_engine, document_i
 def test_offsets_and_windows_are_a_request_s_own(make_engine, document_ids, balanced, cache):
     """Found prefixes, preemption and slots that change hands; prompts from other places, whose offsets are
     others. Some freeze theirs in a chunk, some while they decode."""
-    wanted = requests_of(document_ids, 16, new_tokens=(12, 12))
-    wanted += [request(document_ids[:490], max_tokens=3), request(document_ids[900:1000], max_tokens=60)]
-    with make_engine(cache=cache, max_running=18, chunk_tokens=128) as engine:
-        run(engine, wanted[13:16])
+    wanted = requests_of(document_ids, 16, new_tokens=(6, 6))[1::2]
+    wanted += [request(document_ids[:490], max_tokens=3), request(document_ids[900:1000], max_tokens=50)]
+    with make_engine(cache=cache, max_running=10, chunk_tokens=128) as engine:
+        run(engine, wanted[6:8])
         disturb(engine.scheduler)
         disturbed = run(engine, wanted)
         counters = engine.scheduler.counters
         assert counters.preemptions > 5 and counters.prefix_hit_tokens > 500
         assert any(state.keys.any() and (state.factors != 1).any() for state in engine.store.offsets)
-    with make_engine(cache=cache, max_running=18, chunk_tokens=128, prefix_caching=False) as engine:
+    with make_engine(cache=cache, max_running=10, chunk_tokens=128, prefix_caching=False) as engine:
         for wish, outcome in zip(wanted, disturbed, strict=True):
             assert run_one(engine, wish).tokens == outcome.tokens, len(wish.prompt)
 

@@ -126,13 +126,13 @@ def test_sliding_layers_take_few_pages_beside_layers_that_see_everything(tiny, l
         engine = small(model, loaded[1], pages, cache=cache, prefix_caching=sharing)
         full, sliding = engine.store.pools
         most = []
-        give_back = engine.scheduler._give_back_unseen
+        give_back = engine.scheduler.pages.give_back_unseen
 
         def watched(sequence, give_back=give_back, most=most):
             give_back(sequence)
             most.append([len(held.live) for held in sequence.held])
 
-        engine.scheduler._give_back_unseen = watched
+        engine.scheduler.pages.give_back_unseen = watched
         try:
             found.append([run_one(engine, wish).tokens for wish in wanted])
             found.append([outcome.tokens for outcome in run(engine, wanted)])

@@ -16,6 +16,7 @@ prefill_step.py   chunks of prompts
 prefill_flash.py  their attention on a GPU
 merge_kernel.py   merges partial results, a Triton kernel
 prefix.py         complete pages shared by the hash of their tokens
+request_pages.py  which pages a request begins with, takes, shares and gives back
 snapshots.py      the state after a shared prefix that is not in its pages
 sampling.py       from logits to a token, per request
 grammar.py        JSON schema and regex constraints

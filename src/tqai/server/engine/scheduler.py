@@ -21,14 +21,13 @@ import torch
 from torch import Tensor
 
 from tqai.server.engine.decode_step import DecodeRow, DecodeStep
-from tqai.server.engine.page_table import HeldPages
 from tqai.server.engine.prefill_step import PrefillStep
-from tqai.server.engine.prefix import Chunk, Found, PrefixCache
+from tqai.server.engine.prefix import PrefixCache
+from tqai.server.engine.request_pages import RequestPages
 from tqai.server.engine.runner import ModelRunner
 from tqai.server.engine.sampling import Chosen, describe
 from tqai.server.engine.sequence import Sequence
 from tqai.server.engine.settings import EngineSettings
-from tqai.server.engine.snapshots import Snapshots
 from tqai.server.engine.store import TokenStore
 
 __all__ = ["Counters", "Scheduler"]
@@ -37,8 +36,6 @@ logger = logging.getLogger("tqai.server")
 
 INTERNAL_ERROR = "the model failed on this request"
 NOT_FINITE = "the model computed no finite probabilities for this request"
-CHEAP_SHARE = 8
-"""The state after a chunk is kept after every one if it takes at most this part of the chunk's pages."""
 
 
 @dataclass
@@ -67,19 +64,7 @@ class Scheduler:
         on_finished: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
         self.runner, self.store, self.settings = runner, store, settings
-        self.pools = store.pools
-        self.snapshots = Snapshots(store)
-        sees_all = store.kinds[0].sliding_window is None
-        self.prefixes = PrefixCache(
-            store.pools,
-            store.lead,
-            settings.chunk_tokens,
-            settings.label,
-            needs_state=self.snapshots.are_needed,
-            shares_pages=sees_all,
-        )
-        stored = CHEAP_SHARE * sum(self.snapshots.stored_pages)
-        self._keeps_every_state = len(store.kinds) == 1 and sees_all and stored <= settings.chunk_tokens // 64
+        self.pages = RequestPages(store, settings)
         self.waiting: deque[Sequence] = deque()
         self.prefilling: Sequence | None = None
         self.running: list[Sequence] = []
@@ -92,10 +77,9 @@ class Scheduler:
         return bool(self.waiting or self.prefilling or self.running)
 
     @property
-    def request_pages(self) -> int:
-        """Pages that requests hold; shared ones count once."""
-        held = {page for sequence in self._active() for page in sequence.pages}
-        return len(held)
+    def prefixes(self) -> PrefixCache:
+        """The prefix cache."""
+        return self.pages.prefixes
 
     def add(self, sequence: Sequence) -> None:
         """Put a request at the end of the queue."""
@@ -149,63 +133,17 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.settings.max_running:
             return False
         sequence = self.waiting[0]
-        prompt = sequence.tokens[: sequence.prompt_tokens]
         shares = self.settings.prefix_caching and not sequence.params.prompt_logprobs
-        found = self.prefixes.find(prompt) if shares else Found()
-        # from here on whatever fails finds the request, and its pages, where it looks for them
-        sequence.held, stored = self._held(found)
+        # a page in hand for every running request, so that admitting one does not preempt another at once
+        if not self.pages.begin(sequence, shares, in_hand=len(self.running)):
+            return False
         self.prefilling = self.waiting.popleft()
-        try:
-            if not self._has_room_for(sequence):
-                self.waiting.appendleft(sequence)
-                self._leave(sequence)
-                return False
-            if found.snapshot is not None:
-                self.snapshots.restore(found.snapshot)
-        finally:
-            for pool, pages in zip(self.pools, stored, strict=True):
-                pool.release(pages)
-        for number, kind in enumerate(self.store.kinds):
-            if kind.sliding_window is None:
-                pages = sequence.held[number].ids
-                missing = self.store.pages_after(sequence.prompt_tokens) - len(pages)
-                self._make_room(missing, number)
-                pages += self.pools[number].take(missing)
-        sequence.computed = self.store.lead + found.chunks * self.settings.chunk_tokens if found.chunks else 0
-        sequence.lead_done = self.store.lead == 0 or found.chunks > 0
-        sequence.known_chunks = found.known
-        if shares:
-            sequence.chunks = [Chunk(key, []) for key in self.prefixes.keys(prompt, len(prompt))]
         if sequence.times.admitted is None:
             sequence.times.admitted = time.monotonic()
             sequence.cached_tokens = sequence.computed
             if shares:
                 self.counters.prefix_queried_tokens += sequence.prompt_tokens
                 self.counters.prefix_hit_tokens += sequence.cached_tokens
-        return True
-
-    def _held(self, found: Found) -> tuple[list[HeldPages], list[list[int]]]:
-        """The pages that a request begins with, of each kind, and those that hold its state, to be given
-        back when it has been brought back."""
-        snapshot = found.snapshot
-        held = [HeldPages() for _ in self.pools]
-        if self.prefixes.shares_pages:
-            held[0].ids = list(found.pages)
-        if snapshot is None:
-            return held, [[] for _ in self.pools]
-        for number, sight in enumerate(snapshot.sight):
-            if sight is not None:
-                held[number] = HeldPages(list(sight.ids), sight.gone)
-        return held, snapshot.stored
-
-    def _has_room_for(self, sequence: Sequence) -> bool:
-        """Whether the pools have the pages that a request will hold at most until it has caught up, and one
-        in hand for every running request, so that admitting one does not preempt another at once."""
-        for number, (kind, pool) in enumerate(zip(self.store.kinds, self.pools, strict=True)):
-            later = kind.most_pages(len(sequence.tokens), self.settings.chunk_tokens)
-            later -= len(sequence.held[number].live)
-            if pool.free + self.prefixes.evictable(number) < later + len(self.running):
-                return False
         return True
 
     def _next_chunk(self, sequence: Sequence) -> tuple[int, int]:
@@ -216,8 +154,10 @@ class Scheduler:
 
     def _prefill_chunk(self, sequence: Sequence, start: int, stop: int) -> None:
         wants_all = sequence.params.prompt_logprobs
-        if not self._pages_for_chunk(sequence, stop):
-            return
+        while not self.pages.take_for_chunk(sequence, stop):
+            self._give_up_something()
+            if self.prefilling is not sequence:
+                return
         step = PrefillStep(self.store, start, stop - start, sequence.held)
         logits = self.runner.prefill(step, sequence.tokens[start:stop], wants_all)
         self.counters.prefill_steps += 1
@@ -230,8 +170,8 @@ class Scheduler:
             ]
         sequence.lead_done = True
         sequence.computed = max(sequence.computed, stop)
-        self._give_back_unseen(sequence)
-        self._note_chunk(sequence)
+        self.pages.give_back_unseen(sequence)
+        self.pages.note_chunk(sequence)
         if sequence.in_prefill:
             return
         last = logits[-1:]
@@ -239,8 +179,7 @@ class Scheduler:
             sequence.fail(NOT_FINITE)
             self._remove(sequence)
             return
-        self.prefixes.add(sequence.chunks)
-        self._forget_chunks(sequence)
+        self.pages.share(sequence)
         self.prefilling = None
         self.store.move_slot(self.store.staging, len(self.running))
         self.running.append(sequence)
@@ -249,57 +188,6 @@ class Scheduler:
             self._remove(sequence)
         elif len(sequence.tokens) == sequence.prompt_tokens:
             self._continue([sequence], last)
-
-    def _pages_for_chunk(self, sequence: Sequence, stop: int) -> bool:
-        """Take what the sliding layers need for a chunk that ends before token `stop`; False if the request
-        itself had to be preempted."""
-        for number, (kind, held) in enumerate(zip(self.store.kinds, sequence.held, strict=True)):
-            missing = self.store.pages_after(stop) - len(held.ids)
-            if kind.sliding_window is None or missing < 1:
-                continue
-            while not self._make_room(missing, number):
-                self._give_up_something()
-                if self.prefilling is not sequence:
-                    return False
-            held.ids += self.pools[number].take(missing)
-        return True
-
-    def _give_back_unseen(self, sequence: Sequence) -> None:
-        """Give back the pages that no later token of a request sees."""
-        for kind, pool, held in zip(self.store.kinds, self.pools, sequence.held, strict=True):
-            gone = min(kind.gone(sequence.computed), len(held.ids))
-            if gone > held.gone:
-                pool.release(held.ids[held.gone : gone])
-                held.gone = gone
-
-    def _note_chunk(self, sequence: Sequence) -> None:
-        """Where a chunk has just become complete, keep what the prefix cache will want of it."""
-        chunk_tokens = self.settings.chunk_tokens
-        count, rest = divmod(sequence.computed - self.store.lead, chunk_tokens)
-        if rest or not 0 < count <= len(sequence.chunks):
-            return
-        chunk, pages = sequence.chunks[count - 1], chunk_tokens // 64
-        if self.prefixes.shares_pages:
-            for number, one in enumerate(sequence.chunks[:count]):
-                one.pages = sequence.held[0].ids[number * pages : (number + 1) * pages]
-        is_last, differs = count == len(sequence.chunks), count == sequence.known_chunks
-        if self.snapshots.are_needed and (is_last or differs or self._keeps_every_state):
-            for number, wanted in enumerate(self.snapshots.stored_pages):
-                self._make_room(wanted, number)
-            chunk.snapshot = self.snapshots.take(sequence.held)
-
-    def _forget_chunks(self, sequence: Sequence) -> None:
-        self._drop_snapshots(sequence)
-        sequence.chunks = []
-
-    def _drop_snapshots(self, sequence: Sequence) -> bool:
-        """Release the states that a prefill has kept; whether there were any."""
-        dropped = False
-        for chunk in sequence.chunks:
-            if chunk.snapshot is not None:
-                self.snapshots.release(chunk.snapshot)
-                chunk.snapshot, dropped = None, True
-        return dropped
 
     # decode
 
@@ -341,7 +229,7 @@ class Scheduler:
             logits = self._decode_rows([sequence], new_pages)
         except Exception:
             logger.exception("request %d failed", sequence.number)
-            for pool, page in zip(self.pools, new_pages.get(sequence.number, ()), strict=False):
+            for pool, page in zip(self.store.pools, new_pages.get(sequence.number, ()), strict=False):
                 pool.release([page])
             sequence.fail(INTERNAL_ERROR)
             self._remove(sequence)
@@ -352,15 +240,13 @@ class Scheduler:
         """What a decode step of `rows` means for them."""
         sampled = []
         for index, sequence in enumerate(rows):
-            for held, page in zip(sequence.held, new_pages.get(sequence.number, ()), strict=False):
-                held.ids.append(page)
             if sequence.is_replaying:
                 self.counters.replayed_tokens += 1
             else:
                 sampled.append(index)
             sequence.computed += 1
             if sequence.number in new_pages:
-                self._give_back_unseen(sequence)
+                self.pages.completed(sequence, new_pages[sequence.number])
         if sampled:
             chosen_rows = logits if len(sampled) == len(rows) else logits[sampled]
             self._continue([rows[index] for index in sampled], chosen_rows)
@@ -368,27 +254,13 @@ class Scheduler:
     def _pages_for_step(self) -> dict[int, list[int]]:
         """Fresh pages, one of each kind, for each running request whose next token completes one, after
         preempting as many requests as that takes."""
-        while True:
-            due = [
-                sequence.number
-                for sequence in self.running
-                if self.store.pages_after(sequence.computed + 1) > self.store.pages_after(sequence.computed)
-            ]
-            if all(self._make_room(len(due), number) for number in range(len(self.pools))):
-                taken = [pool.take(len(due)) for pool in self.pools]
-                return {number: list(pages) for number, *pages in zip(due, *taken, strict=True)}
+        while (taken := self.pages.take_for_step(self.running)) is None:
             self._give_up_something()
-
-    def _make_room(self, pages: int, number: int) -> bool:
-        """Whether so many pages of a kind are free, after evicting prefixes that nobody uses."""
-        pool = self.pools[number]
-        if pool.free < pages:
-            self.prefixes.evict(pages - pool.free, number)
-        return pool.free >= pages
+        return taken
 
     def _give_up_something(self) -> None:
         """Have pages, where evicting was not enough: what a prefill keeps for others, else a request."""
-        if self.prefilling is not None and self._drop_snapshots(self.prefilling):
+        if self.prefilling is not None and self.pages.drop_kept(self.prefilling):
             return
         self._preempt(max(self._active(), key=lambda sequence: sequence.number))
 
@@ -437,10 +309,7 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         """Give pages and slot back."""
-        for pool, held in zip(self.pools, sequence.held, strict=False):
-            pool.release(held.live)
-        sequence.held = []
-        self._forget_chunks(sequence)
+        self.pages.leave(sequence)
         if self.prefilling is sequence:
             self.prefilling = None
         if sequence in self.running:
