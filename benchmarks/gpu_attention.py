@@ -189,7 +189,7 @@ def main() -> None:
     served = backends(arguments.backends)
     rate = read_rate()
     torch.cuda.empty_cache()
-    print(f"reading {rate / 1e12:.2f} TB/s")
+    print(f"reading {rate / 1e12:.2f} TB/s", flush=True)
     rows: list[dict[str, Any]] = []
     lengths = [int(length) for length in arguments.lengths.split(",")]
     for batch, length in product(BATCHES, lengths):
@@ -200,7 +200,8 @@ def main() -> None:
             {"backend": "torch SDPA bfloat16", "batch": batch, "tokens": length, "times": sdpa, **fastest}
         )
         print(
-            f"B{batch} {length:6d} SDPA  graph {fastest['graph_us']:7.1f} eager {fastest['eager_us']:7.1f} us"
+            f"B{batch} {length:6d} SDPA  graph {fastest['graph_us']:7.1f} eager {fastest['eager_us']:7.1f} us",
+            flush=True,
         )
         for backend in served:
             for bits_k, bits_v in PAIRS:
@@ -215,10 +216,12 @@ def main() -> None:
                     f"{name} graph {row['graph_us']:7.1f} ({row['speedup_graph']:.2f}x) eager "
                     f"{row['eager_us']:7.1f} ({row['speedup_eager']:.2f}x) {row['of_read_rate']:.0%} "
                     f"error {row['error']:.1e} bf16 {row['error_bfloat16']:.1e} "
-                    f"steep {row['error_at_deviation_8']:.1e}"
+                    f"steep {row['error_at_deviation_8']:.1e}",
+                    flush=True,
                 )
-    report = {"where": gpu_provenance(arguments.commit), "read_bytes_per_s": rate, "rows": rows}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        # after every size: a run that is stopped has not been for nothing
+        report = {"where": gpu_provenance(arguments.commit), "read_bytes_per_s": rate, "rows": rows}
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

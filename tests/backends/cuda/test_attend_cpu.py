@@ -203,7 +203,7 @@ def test_exact_tokens_alone_and_many(gpu):
 
 def test_one_buffer_of_a_warp_and_warps_of_several_columns_of_exact_tokens(gpu):
     """Keys and values then come one by one. 5 is no multiple of 4: a warp takes each column of some items."""
-    case = make_case(recent=65, sinks=33, pages=22)
+    case = make_case(kv_heads=2, group=2, recent=65, sinks=33, pages=22)
     check(case, shape=Shape(5, 1), splits=2, cluster=False)
 
 
