@@ -200,7 +200,8 @@ def main() -> None:
             {"backend": "torch SDPA bfloat16", "batch": batch, "tokens": length, "times": sdpa, **fastest}
         )
         print(
-            f"B{batch} {length:6d} SDPA  graph {fastest['graph_us']:7.1f} eager {fastest['eager_us']:7.1f} us",
+            f"B{batch} {length:6d} SDPA  graph {fastest['graph_us']:7.1f} "
+            f"eager {fastest['eager_us']:7.1f} us",
             flush=True,
         )
         for backend in served:
