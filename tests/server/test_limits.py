@@ -5,11 +5,13 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from serving import MODEL, serving
 
+from tqai.server.api import wire
 from tqai.server.api.lifecycle import config_for
 from tqai.server.api.schemas import TokenizeRequest
 
@@ -120,6 +122,18 @@ def test_what_is_told_of_a_request_is_short_and_text(served):
         assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
+def test_a_stream_that_waits_is_kept_awake(make_engine, monkeypatch):
+    """Proxies cut connections on which nothing comes."""
+    assert wire.PING_SECONDS <= 20
+    monkeypatch.setattr(wire, "PING_SECONDS", 0.1)
+    with make_engine() as engine, serving(engine) as served:
+        monkeypatch.setattr(engine, "submit", lambda request, emit: SimpleNamespace(outcome=None))
+        monkeypatch.setattr(engine, "cancel", lambda sequence: None)
+        body = {"model": MODEL, "prompt": "x", "stream": True}
+        with served.http.stream("POST", COMPLETIONS, json=body) as answer:
+            assert next(answer.iter_lines()).startswith(": ping")
+
+
 def test_what_is_cut_off_by_the_end_of_the_server_gets_503(make_engine):
     with make_engine() as engine, serving(engine) as served:
         found = []
@@ -130,7 +144,8 @@ def test_what_is_cut_off_by_the_end_of_the_server_gets_503(make_engine):
         engine.stop()
         asking.join(60)
         assert found[0].status_code == 503 and found[0].json()["error"]["type"] == "server_error"
-        assert served.http.get("/health").status_code == 503
+        health = served.http.get("/health")
+        assert (health.status_code, health.json()) == (503, {"status": "failed"})
 
 
 def test_a_token_id_beyond_the_vocabulary_is_refused(served):
