@@ -11,6 +11,7 @@
 //
 //     one coordinate    its level as float32; the factor of an m16n8k8 product of tf32, as it is
 //     two (PAIR)        levels of the windows at bits s and s + bits, as a pair of bfloat16, for m16n8k16
+//     two (SPLIT)       in two candidates each, as bytes: `trellis_split.cuh`
 //
 // Levels are whole numbers up to 127, exact in either. Their other factors come in two parts.
 
@@ -27,9 +28,9 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
     return entry;
 }
 
-// The entry of the window at bit `at`, a constant, of `bits`; at + WINDOW <= 24. The shift of the window to its place in the address and the
-// addition of the copy's address are one fused multiply-add of numbers below 2^24 taken for floats, most of
-// them denormal: it is exact, and the unit that does it is otherwise idle.
+// The entry of the window at bit `at`, a constant, of `bits`; at + WINDOW <= 24. The shift of the window to its
+// place in the address and the addition of the copy's address are one fused multiply-add of numbers below 2^24
+// taken for floats, most of them denormal: it is exact, and the unit that does it is otherwise idle.
 template <int WINDOW, int COPIES>
 __device__ __forceinline__ u32 look_up(u32 bits, int at, float copy) {
     static_assert(WINDOW + TABLE_SHIFT(COPIES) <= 17, "a table has at most 128 KiB");
