@@ -1,4 +1,4 @@
-// Enough of a GPU for encode_mma.cu: one block, its lanes in turn, each until the next operation of its warp.
+// Enough of a GPU for encode_mma.cu and encode_wgmma.cu, as its manuals have it: one block, its lanes in turn, each until the next operation of its warp.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -63,15 +63,17 @@ static inline void two_of_word(u32 w, float& a, float& b) {
 static inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
     const u64 both = (u64)b << 32 | a;
     u32 out = 0;
-    for (int i = 0; i < 4; ++i) {
-        const u32 s = selector >> (4 * i) & 15, byte = both >> (8 * (s & 7)) & 255;
-        out |= (s & 8 ? (byte & 128 ? 255u : 0u) : byte) << (8 * i);
-    }
+    for (int i = 0; i < 4; ++i) out |= (u32)(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);  // the top bit is ignored
     return out;
+}
+static inline u32 __funnelshift_r(u32 low, u32 high, u32 s) { return (u32)(((u64)high << 32 | low) >> (s & 31)); }
+static inline u32 __funnelshift_l(u32 low, u32 high, u32 s) { return (u32)(((u64)high << 32 | low) << (s & 31) >> 32); }
+static inline float saturated(float a, float b, float c) {
+    const float d = (float)((double)a * b + c);
+    return d > 0.0f ? d < 1.0f ? d : 1.0f : 0.0f;  // NaN is 0, too
 }
 
 // Lanes.
-static const int THREADS = 128;
 static ucontext_t lanes[THREADS], scheduler;
 static int current;
 static bool ended[THREADS];
@@ -97,26 +99,15 @@ static inline bool __all_sync(u32, bool x) {
     return true;
 }
 
-alignas(128) static u8 shared_memory[1 << 17];
+alignas(128) static u8 shared_memory[1 << 18];
 static inline u32 shared_address(const void* p) { return (u32)((const u8*)p - shared_memory); }
-static inline void shared_pair(u32 at, float& a, u32& b) { memcpy(&a, shared_memory + at, 4); memcpy(&b, shared_memory + at + 4, 4); }
 static inline float shared_float(u32 at) { float f; memcpy(&f, shared_memory + at, 4); return f; }
-static inline u32 opaque(u32 x) { return x; }
-static inline u32 times_plus(u32 a, u32 b, u32 c) { return a * b + c; }
 static inline void copy_sixteen(u32 to, const u8* from) { memcpy(shared_memory + to, from, 16); }
 static inline void end_copies() {}
-static inline void await_copies() { __syncwarp(); }
-static inline uint4 load_matrices(u32 at) {
-    const int l = own_lane();
-    const Given* all = meet({{at}});
-    u32 w[4];
-    for (int m = 0; m < 4; ++m) memcpy(&w[m], shared_memory + all[8 * m + l / 4].word[0] + 4 * (l % 4), 4);
-    return {w[0], w[1], w[2], w[3]};
-}
+template <int LEFT> static inline void await_copies() {}
 
-// d = a b + c of m16n8k16 (two-byte numbers) or m16n8k8 (TF32): who holds what is in the PTX manual.
-template <bool WIDE>
-static void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+// d = a b + d of m16n8k16: who holds what is in the PTX manual.
+static void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     const int l = own_lane(), g = l / 4, c = l % 4;
     const Given* all = meet({{a0, a1, a2, a3, b0, b1}});
     for (int k = 0; k < 4; ++k) {
@@ -124,27 +115,44 @@ static void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
         double sum = d[k];
         for (int q = 0; q < 4; ++q)
             for (int part = 0; part < 2; ++part) {
-                const u32 a = all[4 * g + q].word[row + 2 * part], b = all[4 * column + q].word[4 + part];
-                if (WIDE) {
-                    float x0, x1, y0, y1;
-                    two_of_word(a, x0, x1);
-                    two_of_word(b, y0, y1);
-                    sum += (double)x0 * y0 + (double)x1 * y1;
-                } else sum += (double)bits_float(a & 0xffffe000u) * bits_float(b & 0xffffe000u);
+                float x0, x1, y0, y1;
+                two_of_word(all[4 * g + q].word[row + 2 * part], x0, x1);
+                two_of_word(all[4 * column + q].word[4 + part], y0, y1);
+                sum += (double)x0 * y0 + (double)x1 * y1;
             }
         d[k] = (float)sum;
     }
 }
-static void mma_first(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { multiply<true>(d, a0, a1, a2, a3, b0, b1); }
-static void mma_second(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { multiply<false>(d, a0, a1, a2, a3, b0, b1); }
-static void mma_first_alone(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+static void mma_alone(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     d[0] = d[1] = d[2] = d[3] = 0;
-    multiply<true>(d, a0, a1, a2, a3, b0, b1);
+    mma(d, a0, a1, a2, a3, b0, b1);
 }
-static void mma_second_alone(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    d[0] = d[1] = d[2] = d[3] = 0;
-    multiply<false>(d, a0, a1, a2, a3, b0, b1);
+
+// As the PTX manual has it of wgmma without swizzling, for one warp's 16 rows: in shared memory 8 columns by 16
+// bytes lie together, from the descriptor's address on; the next along k and along the columns by its offsets.
+template <int COLUMNS, bool ADD>
+static void times_matrix(float (&d)[COLUMNS / 2], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
+    const int l = own_lane(), g = l / 4, c = l % 4;
+    const u32 start = (b & 0x3fff) << 4, along_k = (b >> 16 & 0x3fff) << 4, along_columns = (b >> 32 & 0x3fff) << 4;
+    const Given* all = meet({{a0, a1, a2, a3}});
+    for (int i = 0; i < COLUMNS / 2; ++i) {
+        const int row = i % 4 / 2, column = i / 4 * 8 + 2 * c + i % 2;
+        double sum = ADD ? d[i] : 0.0f;
+        for (int k = 0; k < 16; k += 2) {
+            u32 w;
+            memcpy(&w, shared_memory + start + k / 8 * along_k + column / 8 * along_columns + column % 8 * 16 + k % 8 * 2, 4);
+            float x0, x1, y0, y1;
+            two_of_word(all[4 * g + k % 8 / 2].word[row + 2 * (k / 8)], x0, x1);
+            two_of_word(w, y0, y1);
+            sum += (double)x0 * y0 + (double)x1 * y1;
+        }
+        d[i] = (float)sum;
+    }
 }
+static void show_products() {}
+static void begin_products() {}
+static void end_products() {}
+template <int LEFT, int N> static void await_products(float (&)[N]) {}
 
 static void run_block(void (*body)()) {
     std::vector<std::vector<char>> stacks(THREADS, std::vector<char>(1 << 17));

@@ -9,8 +9,8 @@ from tests.backends.cuda.conftest import formats
 
 from tqai.backends.cuda import codes
 from tqai.backends.cuda.codes import encode_generally
-from tqai.backends.cuda.encode import encode_with_tensor_cores, tensor_encoding_is_right
-from tqai.backends.cuda.unproven import VARIABLE
+from tqai.backends.cuda.encode import encode_with_tensor_cores, tensor_encoding_is_right, tensor_form
+from tqai.backends.cuda.encode_plan import FORMS
 from tqai.core.packing import unpack
 from tqai.core.page import pages_from_bytes
 
@@ -96,17 +96,32 @@ def test_decoding_is_that_of_core(cuda_backend, dim, bits_k, bits_v, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize(("bits_k", "bits_v", "dim"), [(4, 2, 128), (3, 3, 128), (2, 4, 64)])
-def test_tensor_cores_encode_here(cuda_backend, monkeypatch, bits_k, bits_v, dim, dtype):
-    monkeypatch.setenv(VARIABLE, "1")
-    page_format = formats(bits_k, bits_v, dim)
+def test_tensor_cores_are_used_here(cuda_backend, bits_k, bits_v, dim, dtype):
     device = torch.device("cuda", torch.cuda.current_device())
-    assert tensor_encoding_is_right(page_format, dtype, device, encode_generally)
-    keys, values = (torch.randn(301, 7, 64, dim, device="cuda").to(dtype) for _ in range(2))
-    found, wanted = (
-        torch.full((301, 7, page_format.page_bytes), 0xFF, dtype=torch.uint8, device="cuda") for _ in range(2)
-    )
-    encode_with_tensor_cores(keys, values, page_format, found)
-    encode_generally(keys, values, page_format, wanted)
+    assert tensor_encoding_is_right(formats(bits_k, bits_v, dim), dtype, device, encode_generally)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(
+    ("bits_k", "bits_v", "dim"), [(4, 2, 128), (3, 3, 128), (2, 4, 64), (4, 3, 64), (2, 2, 128)]
+)
+@pytest.mark.parametrize(("pages", "heads"), [(301, 7), (1, 1)])
+def test_tensor_cores_encode_alike(cuda_backend, pages, heads, bits_k, bits_v, dim, dtype, form):
+    if form == "wgmma" and tensor_form(torch.device("cuda", torch.cuda.current_device())) != form:
+        pytest.skip("instructions that this GPU does not have")
+    page_format = formats(bits_k, bits_v, dim)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    sides = [
+        torch.randn(pages, 64, heads, dim, device="cuda", generator=generator).to(dtype).transpose(1, 2)
+        for _ in range(2)
+    ]
+    for side in sides:
+        special(side)
+    size = (pages + 1, heads, page_format.page_bytes)
+    found, wanted = (torch.full(size, 0xFF, dtype=torch.uint8, device="cuda") for _ in range(2))
+    encode_with_tensor_cores(*sides, page_format, found[:-1], form)
+    encode_generally(*sides, page_format, wanted[:-1])
     assert (found != wanted).float().mean().item() < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""The encoding kernel with tensor cores, compiled for the CPU with stand-ins for a GPU's instructions."""
+"""The encoding kernels with tensor cores, compiled for the CPU with stand-ins for a GPU's instructions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ import torch
 from tests.backends.cuda.conftest import formats
 
 from tqai.backends.cuda.compile import source
-from tqai.backends.cuda.encode_plan import bucket_cells, encode_words, has_tensor_encoding, tables_bytes
+from tqai.backends.cuda.encode_plan import (
+    FORMS,
+    WARPS,
+    encode_words,
+    has_tensor_encoding,
+    level_cells,
+    tables_bytes,
+)
 from tqai.backends.cuda.layout import plain_pages
 from tqai.backends.cuda.plan import codec_macros
 from tqai.core.codec import CodecSpec, make_codec
@@ -33,8 +40,8 @@ extern "C" void run(const EncodeParams* given, int values, int blocks) {
     }
 }
 extern "C" int shared_bytes(int values) {
-    return 4 * (values ? Sizes<DV>::TABLE + ENCODE_WARPS * 2 * Sizes<DV>::ROWS
-                       : Sizes<DK>::TABLE + ENCODE_WARPS * (2 * Sizes<DK>::ROWS + Sizes<DK>::STAGED));
+    return 4 * (values ? Sizes<DV>::TABLE + ENCODE_WARPS * Sizes<DV>::WARP
+                       : Sizes<DK>::TABLE + ENCODE_WARPS * Sizes<DK>::WARP);
 }
 """
 
@@ -43,32 +50,33 @@ class Params(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("pages", "source", "table")),
         ("strides", ctypes.c_int64 * 3),
-        *((name, ctypes.c_float) for name in ("buckets", "boundary", "inner", "outer")),
+        *((name, ctypes.c_float) for name in ("per_unit", "boundary", "inner", "outer")),
         *((name, ctypes.c_int32) for name in ("heads", "units", "least_squares")),
     ]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Page format and dtype to the compiled kernels."""
+    """Form, page format and dtype to the compiled kernels."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     folder = tmp_path_factory.mktemp("encode")
-    text = (
-        source("encode_mma.cu")
-        .replace(source("device.cuh"), "")
-        .replace(source("encode_instructions.cuh"), "")
-    )
-    text = re.sub(r"extern __shared__ .* u32 table\[\];", "u32* table = (u32*)shared_memory;", text)
-    text = text.replace(source("quantize.cuh").split("// 16 neighbouring elements")[1], "\n")
     header = (Path(__file__).parent / "encode_on_cpu.h").read_text()
 
-    def build(page_format, dtype):
+    def text_of(form):
+        text = source(f"encode_{form}.cu")
+        for replaced in ("device.cuh", "encode_instructions.cuh", "encode_wgmma_instructions.cuh"):
+            text = text.replace(source(replaced), "")
+        text = re.sub(r"extern __shared__ .* u32 table\[\];", "u32* table = (u32*)shared_memory;", text)
+        return text.replace(source("quantize.cuh").split("// 16 neighbouring elements")[1], "\n")
+
+    def build(form, page_format, dtype):
         macros = [f"-D{name}={value}" for name, value in codec_macros(page_format, dtype).items()]
-        path = folder / ("".join(macros) + ".so")
+        macros.append(f"-DTHREADS={32 * WARPS[form]}")
+        path = folder / (form + "".join(macros) + ".so")
         if not path.exists():
             file = folder / "kernel.cpp"
-            file.write_text(header + text + RUN)
+            file.write_text(header + text_of(form) + RUN)
             command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *macros, "-o", path, file]
             subprocess.run(command, check=True)
         return ctypes.CDLL(str(path))
@@ -76,20 +84,20 @@ def compiled(tmp_path_factory):
     return build
 
 
-def encoded(compiled, page_format, sides, blocks=1):
+def encoded(compiled, form, page_format, sides, blocks=1):
     """Canonical pages of `[pages, heads, 64, dim]` vectors, by the kernel."""
     dtype = {torch.bfloat16: "bfloat16", torch.float16: "float16"}[sides[0].dtype]
-    library = compiled(page_format, dtype)
+    library = compiled(form, page_format, dtype)
     pages, heads = sides[0].shape[:2]
     out = np.full((pages, heads, page_format.page_bytes), 0xEE, dtype=np.uint8)
     for values, (codec, side) in enumerate(zip((page_format.key, page_format.value), sides, strict=True)):
-        words = np.ascontiguousarray(encode_words(codec, dtype, bool(values)))
-        assert library.shared_bytes(values) == tables_bytes(codec.spec.head_dim, bool(values))
+        words = np.ascontiguousarray(encode_words(codec, dtype, bool(values), form))
+        assert library.shared_bytes(values) == tables_bytes(codec.spec.head_dim, form)
         arrays = codec.tables()
         half = len(arrays["centroids"]) // 2
         params = Params(out.ctypes.data, side.data_ptr(), words.ctypes.data)
         params.strides[:] = side.stride()[:3]
-        params.buckets, params.boundary = bucket_cells(codec)[1], arrays["boundaries"][half]
+        params.per_unit, params.boundary = level_cells(codec)[2], arrays["boundaries"][half]
         params.inner, params.outer = arrays["centroids"][half : half + 2]
         params.heads, params.units = heads, pages * heads
         params.least_squares = codec.spec.scale == "least_squares"
@@ -124,10 +132,17 @@ def draw(*shape, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize(
-    ("dim", "bits_k", "bits_v", "dtype"),
-    [(128, 4, 2, torch.bfloat16), (128, 3, 4, torch.float16), (64, 2, 3, torch.bfloat16)],
+    ("form", "dim", "bits_k", "bits_v", "dtype"),
+    [
+        ("mma", 128, 4, 2, torch.bfloat16),
+        ("mma", 128, 3, 4, torch.float16),
+        ("mma", 64, 2, 3, torch.bfloat16),
+        ("wgmma", 128, 4, 2, torch.bfloat16),
+        ("wgmma", 128, 2, 3, torch.float16),
+        ("wgmma", 64, 3, 4, torch.bfloat16),
+    ],
 )
-def test_codes_are_those_of_core(compiled, dim, bits_k, bits_v, dtype):
+def test_codes_are_those_of_core(compiled, form, dim, bits_k, bits_v, dtype):
     page_format = formats(bits_k, bits_v, dim)
     sides = draw(3, 2, 64, dim, dtype=dtype)
     for side in sides:
@@ -139,13 +154,14 @@ def test_codes_are_those_of_core(compiled, dim, bits_k, bits_v, dtype):
         if dtype == torch.bfloat16:
             side[1, 0, 5] = 1e-39
             side[1, 0, 6] = 3e38
-    check(page_format, encoded(compiled, page_format, sides), sides)
+    check(page_format, encoded(compiled, form, page_format, sides), sides)
 
 
-def test_norm_scale_and_strides(compiled):
-    page_format = formats(4, 2, 128, scale="norm")
-    sides = [side.transpose(1, 2).contiguous().transpose(1, 2) for side in draw(3, 3, 64, 128)]
-    check(page_format, encoded(compiled, page_format, sides, blocks=2), sides)
+@pytest.mark.parametrize("form", FORMS)
+def test_norm_scale_and_strides(compiled, form):
+    page_format = formats(4, 2, 64, scale="norm")
+    sides = [side.transpose(1, 2).contiguous().transpose(1, 2) for side in draw(3, 3, 64, 64)]
+    check(page_format, encoded(compiled, form, page_format, sides, blocks=2), sides)
 
 
 def test_which_formats_are_served():
@@ -164,13 +180,18 @@ def test_which_formats_are_served():
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_buckets_find_every_magnitude(dim, bits):
+def test_buckets_find_every_level(dim, bits):
     codec = make_codec(CodecSpec("scalar", dim, bits))
     boundaries = codec.tables()["boundaries"]
-    positive = boundaries[boundaries > 0]
-    cells, buckets = bucket_cells(codec)
-    close = [np.nextafter(positive, np.float32(0)), positive, np.nextafter(positive, np.float32(2))]
-    t = np.concatenate([np.linspace(0, 1.001, 9999, dtype=np.float32), *close]).astype(np.float32)
-    cell = cells[np.floor(t.astype(np.float64) * buckets).astype(int)]
-    found = cell[:, 1] // 4 + (t >= cell[:, 0].view(np.float32))
-    np.testing.assert_array_equal(found, np.searchsorted(positive, t, side="right"))
+    cells, levels, per_unit = level_cells(codec)
+    close = [boundaries - 2e-7, boundaries + 2e-7]
+    t = np.concatenate([np.linspace(-1.001, 1.001, 9999), *close]).astype(np.float32)
+    place = (t.astype(np.float64) * per_unit + 0.5).clip(0.0, 1.0).astype(np.float32)
+    bucket = np.floor(place * np.float32(32)).astype(int)
+    found = levels[bucket + (place >= cells[bucket])]
+    right = np.searchsorted(boundaries, t, side="right")
+    near = np.abs(t[:, None] - boundaries).min(-1) < 1e-7
+    stored = right ^ (right << 1 & 8) ^ 8 if bits == 4 else right
+    np.testing.assert_array_equal((found & 15)[~near], stored[~near])
+    level = codec.tables()["centroids"][right]
+    np.testing.assert_allclose((found & ~np.uint32(15)).view(np.float32)[~near], level[~near], rtol=2e-6)

@@ -16,10 +16,14 @@ from tqai.errors import BackendError
 __all__ = ["Kernel", "Launch", "architecture", "entry", "kernel", "shared_memory_bytes"]
 
 
-def architecture(device: torch.device) -> str:
-    """Such as "sm_90"."""
+SPECIFIC = ("encode_wgmma.cu",)
+"""Kernels of instructions that one architecture alone has."""
+
+
+def architecture(device: torch.device, specific: bool = False) -> str:
+    """Such as "sm_90"; `specific`, with what no other architecture has: "sm_90a"."""
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    return f"sm_{major}{minor}{'a' if specific else ''}"
 
 
 @cache
@@ -163,7 +167,7 @@ def kernel(
     found = _KERNELS.get(key)
     if found is None:
         driver = _driver()
-        code = cubin(file, macros, architecture(device))
+        code = cubin(file, macros, architecture(device, file in SPECIFIC))
         with torch.cuda.device(index):
             torch.cuda.current_stream()  # makes torch's context current
             module = _check(driver.cuModuleLoadData(code), f"loading {file}")

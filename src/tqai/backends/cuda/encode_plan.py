@@ -1,16 +1,23 @@
-"""Tables of the encoding with tensor cores (`encode_mma.cuh`): Hadamard factors as operands, and buckets.
+"""Tables of the encoding with tensor cores (`encode_mma.cuh`, `encode_wgmma.cuh`): rotation and levels.
 
-R x = H D_2 H D_1 x / d, H over the bits of the coordinate's number. Each round is one product over some
-bits, with the signs and 1 / d in the factor, and butterflies over the others. A factor is what lane 4 g + c
-of a warp holds of B of `mma`:
+R = H D_2 H D_1 / d has the elements w[i ^ k] D_1[k] with w = H D_2 / d, because the product of two characters
+of the numbers' bits is the character of their exclusive or. The tables, all 32-bit words:
 
-    round 1   m16n8k16, bits 0 to 3; of [u][lane][j][2]:   rows 2 c, 2 c + 1 and then 2 c + 8, 2 c + 9 of
-              column 8 j + g, two-byte numbers, D_1 of coordinate 16 u + row
-    round 2   m16n8k8, bits 1 to 3;  of [u][lane][i][2]:   rows c and then c + 4 of column g, TF32, D_2 / d of
-              coordinate 16 u + 2 row + i; bits 0, 1, 2 of the column are bits 1, 2, 3 of the result's number
-              for keys, 3, 1, 2 for values
+    of "mma"
+    factors      [j][word][lane], two-byte numbers: lane 4 n + c has of word v = 2 x + a halves e = 0, 1:
+                 w[(16 x + 2 (a ^ j) + 4 c + e) ^ column], column n of the product being, by its bits 0, 1, 2,
+                 bits 0, 2, 3 of a coordinate's number for keys, and 3, 0, 2 for values
+    signs        [c][word]: the top bit of each half where D_1 of coordinate 16 x + 4 c + 2 a + e is negative
 
-then the buckets of `bucket_cells` and the magnitudes, all 32-bit words.
+    of "wgmma"
+    R            two-byte numbers [step][block of 8 results][8 slots][result][slot], as in `encode_wgmma.cuh`
+
+    of both
+    boundaries   of bucket k, the one boundary in it (else 2)
+    levels       the level below the boundary of bucket k, and so above that of bucket k - 1; its low four
+                 bits are the nibble that is stored for it
+
+A coordinate t of a unit vector is looked up at `per_unit` t + 1/2, in one of 32 buckets from 0 to 1.
 """
 
 from __future__ import annotations
@@ -20,19 +27,33 @@ from numpy.typing import NDArray
 
 from tqai.core.codec import Codec
 from tqai.core.page import PageFormat
-from tqai.core.rotation import hadamard_signs
+from tqai.core.rotation import fast_hadamard, hadamard_signs
 
-__all__ = ["CELLS", "bucket_cells", "encode_words", "has_tensor_encoding", "tables_bytes"]
+__all__ = [
+    "BUCKETS",
+    "CELLS",
+    "FORMS",
+    "WARPS",
+    "encode_words",
+    "has_tensor_encoding",
+    "level_cells",
+    "tables_bytes",
+]
 
 HEAD_DIMS = (64, 128)
 BITS = (2, 3, 4)
 DTYPES = ("float16", "bfloat16")
-CELLS = 144
-"""Room for buckets."""
-LEVELS = 16
-UNIT = 16
-WARPS = 4
+FORMS = ("mma", "wgmma")
+"""By the products of one warp, sm_80 and newer, and by those of four, sm_90 alone."""
+BUCKETS = 32
+CELLS = 36
+"""Room for buckets, one of them for coordinates beyond all, and for the level above the last."""
+WARPS = {"mma": 4, "wgmma": 8}
+"""Of a block."""
+STEP_ROWS = 16
 STEPS = 4
+COLUMN_BITS = {False: (0, 2, 3), True: (3, 0, 2)}
+"""Bits of a coordinate's number that are bits 0, 1, 2 of a product's column, for keys and for values."""
 
 
 def has_tensor_encoding(page_format: PageFormat, dtype: str) -> bool:
@@ -47,77 +68,85 @@ def has_tensor_encoding(page_format: PageFormat, dtype: str) -> bool:
     )
 
 
-def tables_bytes(dim: int, values: bool) -> int:
-    """Dynamic shared memory of a block, bytes: tables, two steps of vectors a warp, codes of keys."""
-    units = dim // UNIT
-    words = 2 * units * 128 + 2 * CELLS + LEVELS + WARPS * 2 * 16 * dim // 2
-    return 4 * (words + (0 if values else WARPS * STEPS * units * 32))
+def tables_bytes(dim: int, form: str) -> int:
+    """Dynamic shared memory of a block, bytes: tables; for every warp vectors of a step or two and codes."""
+    tables, buffers = (dim // 2, 2) if form == "mma" else (dim * dim // 2, 1)
+    return 4 * (tables + 2 * CELLS + WARPS[form] * (buffers * STEP_ROWS * dim // 2 + STEPS * dim // 16 * 32))
 
 
-def encode_words(codec: Codec, dtype: str, values: bool) -> NDArray[np.uint32]:
-    """The tables of one side, in order."""
-    first, second = _first_factor(codec), _second_factor(codec, values)
-    halves: NDArray[np.uint32]
-    if dtype == "float16":
-        halves = first.astype(np.float16).view(np.uint16).astype(np.uint32)
+def encode_words(codec: Codec, dtype: str, values: bool, form: str) -> NDArray[np.uint32]:
+    """The tables of one side for one of FORMS, in order."""
+    boundaries, levels, _ = level_cells(codec)
+    if form == "mma":
+        factors = _halves(_factors(codec, values), dtype).reshape(-1, 2, 32)
+        rotation = [factors.reshape(-1), factors[:, ::-1].reshape(-1), _sign_words(codec).reshape(-1)]
     else:
-        halves = first.view(np.uint32) >> np.uint32(16)
-    cells, _ = bucket_cells(codec)
-    magnitudes = np.zeros(LEVELS, dtype=np.float32)
-    centroids = codec.tables()["centroids"]
-    magnitudes[: len(centroids) // 2] = centroids[len(centroids) // 2 :]
-    return np.concatenate(
-        [
-            (halves[..., 0] | halves[..., 1] << 16).reshape(-1),
-            second.view(np.uint32).reshape(-1),
-            cells.reshape(-1),
-            magnitudes.view(np.uint32),
-        ]
-    )
+        rotation = [_halves(_matrix(codec, values), dtype).reshape(-1)]
+    return np.concatenate([*rotation, boundaries.view(np.uint32), levels])
 
 
-def bucket_cells(codec: Codec) -> tuple[NDArray[np.uint32], float]:
-    """uint32 `[CELLS, 2]` and buckets per unit, a power of two.
-
-    Bucket k is for magnitudes of a unit vector's coordinate from k / buckets on. It has the one boundary in
-    it (else infinity), as float32 bits, and 4 times the number of boundaries below.
-    """
-    boundaries = codec.tables()["boundaries"]
-    positive = boundaries[boundaries > 0].astype(np.float64)
-    buckets = 1
-    while len(np.unique(np.floor(positive * buckets))) < len(positive):
-        buckets *= 2
-    # a coordinate of a unit vector may be a little more than 1
-    if buckets + 2 > CELLS:
-        raise ValueError(f"boundaries of {codec.spec} need {buckets} buckets: there is room for {CELLS - 2}")
-    cells = np.empty((CELLS, 2), dtype=np.uint32)
-    places = np.floor(positive * buckets).astype(np.int64)
-    cells[:, 0] = np.float32(np.inf).view(np.uint32)
-    cells[places, 0] = positive.astype(np.float32).view(np.uint32)
-    cells[:, 1] = 4 * np.searchsorted(places, np.arange(CELLS), side="left").astype(np.uint32)
-    return cells, float(buckets)
-
-
-def _first_factor(codec: Codec) -> NDArray[np.float32]:
-    """`[unit, lane, j, 2 (row + 8), 2 (neighbouring rows)]`."""
-    signs = hadamard_signs(codec.spec.rotation, codec.spec.head_dim, codec.spec.seed)[0]
-    unit, lane, j, further, odd = np.indices((codec.spec.head_dim // UNIT, 32, 2, 2, 2))
-    row = 2 * (lane % 4) + odd + 8 * further
-    return (_parity(row & (8 * j + lane // 4)) * signs[UNIT * unit + row]).astype(np.float32)
+def level_cells(codec: Codec) -> tuple[NDArray[np.float32], NDArray[np.uint32], float]:
+    """float32 boundaries and uint32 levels, `[CELLS]` each, as above; and `per_unit`."""
+    arrays = codec.tables()
+    boundaries = arrays["boundaries"].astype(np.float64)
+    for reach in np.linspace(0.48, 0.3, 37):
+        per_unit = np.float32(reach / boundaries[-1])
+        places = boundaries * np.float64(per_unit) + 0.5
+        buckets = np.floor(places.astype(np.float32) * np.float32(BUCKETS)).astype(np.int64)
+        if len(np.unique(buckets)) == len(buckets):
+            break
+    else:
+        raise ValueError(f"the boundaries of {codec.spec} do not lie in {BUCKETS} buckets of their own")
+    cells = np.full(CELLS, 2.0, dtype=np.float32)
+    cells[buckets] = places.astype(np.float32)
+    below = np.searchsorted(buckets, np.arange(CELLS), side="left")
+    bits = codec.spec.bits
+    codes = np.arange(2**bits, dtype=np.uint32)
+    stored = codes ^ (codes << 1 & 8) ^ 8 if bits == 4 else codes
+    levels = arrays["centroids"].astype(np.float32).view(np.uint32) & ~np.uint32(15) | stored
+    return cells, levels[below], float(per_unit)
 
 
-def _second_factor(codec: Codec, values: bool) -> NDArray[np.float32]:
-    """`[unit, lane, i, 2 (row + 4)]`."""
+def _halves(pairs: NDArray[np.float32], dtype: str) -> NDArray[np.uint32]:
+    """Pairs of the last axis as words of two-byte numbers, which they are exactly."""
+    if dtype == "float16":
+        halves = pairs.astype(np.float16).view(np.uint16).astype(np.uint32)
+    else:
+        halves = pairs.view(np.uint32) >> np.uint32(16)
+    words: NDArray[np.uint32] = halves[..., 0] | halves[..., 1] << np.uint32(16)
+    return words
+
+
+def _factors(codec: Codec, values: bool) -> NDArray[np.float32]:
+    """`[word, lane, e]`."""
     dim = codec.spec.head_dim
-    signs = hadamard_signs(codec.spec.rotation, dim, codec.spec.seed)[1]
-    unit, lane, i, further = np.indices((dim // UNIT, 32, 2, 2))
-    row = lane % 4 + 4 * further
-    column = lane // 4
-    if values:
-        column = column >> 1 | (column & 1) << 2
-    return (_parity(row & column) * signs[UNIT * unit + 2 * row + i] / dim).astype(np.float32)
+    w = fast_hadamard(hadamard_signs(codec.spec.rotation, dim, codec.spec.seed)[1].astype(np.float64))
+    word, lane, e = np.indices((dim // 8, 32, 2))
+    column = sum((lane // 4 >> at & 1) << bit for at, bit in enumerate(COLUMN_BITS[values]))
+    coordinate = word // 2 * 16 + word % 2 * 2 + lane % 4 * 4 + e
+    factors: NDArray[np.float32] = (w[coordinate ^ column] / dim).astype(np.float32)
+    return factors
 
 
-def _parity(bits: NDArray[np.intp]) -> NDArray[np.intp]:
-    """1 where an even number of the low four bits is set, else -1."""
-    return 1 - 2 * ((bits ^ bits >> 1 ^ bits >> 2 ^ bits >> 3) & 1)
+def _sign_words(codec: Codec) -> NDArray[np.uint32]:
+    """`[c, word]`."""
+    dim = codec.spec.head_dim
+    negative = hadamard_signs(codec.spec.rotation, dim, codec.spec.seed)[0] < 0
+    c, word = np.indices((4, dim // 8))
+    first = word // 2 * 16 + c * 4 + word % 2 * 2
+    out: NDArray[np.uint32] = negative[first] * np.uint32(1 << 15) | negative[first + 1] * np.uint32(1 << 31)
+    return out
+
+
+def _matrix(codec: Codec, values: bool) -> NDArray[np.float32]:
+    """`[step, block, slot // 8, result, slot % 8 // 2, 2]`."""
+    dim = codec.spec.head_dim
+    first, second = hadamard_signs(codec.spec.rotation, dim, codec.spec.seed).astype(np.float64)
+    w = fast_hadamard(second)
+    x, block, b, n, c, e = np.indices((dim // 16, dim // 8, 2, 8, 4, 2))
+    coordinate = 32 * (x // 2) + 8 * c + 4 * (x % 2) + 2 * b + e
+    c, o, j = n // 2, n % 2, block % 2
+    inside = (c & 1) + 2 * j + 4 * (c >> 1) + 8 * o if values else 4 * c + 2 * j + o
+    result = 16 * (block // 2) + inside
+    matrix: NDArray[np.float32] = (w[coordinate ^ result] * first[coordinate] / dim).astype(np.float32)
+    return matrix
