@@ -29,11 +29,11 @@ def served_with(monkeypatch, capsys):
     return run
 
 
-def status_of(app, path="/v1/models", **headers):
+def status_of(app, path="/v1/models", body=None, **headers):
     async def ask():
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
-            return await http.get(path, headers=headers)
+            return await http.request("GET" if body is None else "POST", path, json=body, headers=headers)
 
     import asyncio
 
@@ -81,6 +81,10 @@ def test_flags_reach_engine_and_interface(served_with, tmp_path):
     assert (settings.cache.bits_k, settings.cache.bits_v) == (3, 3) and not settings.prefix_caching
     assert (settings.cache.sink_tokens, settings.cache.residual_window) == (2, 1)
     assert engine.store.codes[0].name == "torch" and engine.max_model_len == 700
+    said = {"messages": [{"role": "user", "content": "x"}]}
+    tokens = status_of(found["app"], "/tokenize", said).json()["tokens"]
+    assert engine.tokenizer.decode(tokens) == str(said["messages"]), "by the given template"
+    assert status_of(found["app"], "/tokenize", {"prompt": "x" * 1024}).status_code == 413
     answer = status_of(found["app"], origin="http://a")
     assert answer.json()["data"][0]["id"] == "mine"
     assert answer.headers["access-control-allow-origin"] == "http://a"

@@ -84,7 +84,8 @@ def test_a_forced_call_is_one_call_and_nothing_else(follows, known):
     for arguments, fits in (({"city": "Rome"}, True), ({"city": "Bonn"}, False)):
         text = written(known, ("weather", arguments))
         assert follows(grammar, text.replace("\n", "")) == fits
-    assert not follows(grammar, "Well.")
+    two = written(known, ("weather", {"city": "Rome"}), ("weather", {"city": "Rome"}))
+    assert not follows(grammar, two.replace("\n", "")) and not follows(grammar, "Well.")
 
 
 def test_a_call_begins_with_its_special_token_where_it_has_one(follows, loaded):
