@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def check(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> 
     """Raises SystemExit where a gate does not hold."""
     found: dict[str, Any] = {}
     for dtype in dtypes:
-        kinds = ("K4/V2",) if dtype == torch.float32 else ("K4/V2", "uncompressed")
+        kinds = ("K4/V2",) if dtype == torch.float32 else ("K4/V2", "uncompressed", "balanced")
         model, tokenizer = demo.load(dtype, "cuda")
         ids = tokenizer.encode(demo.retrieval.document(), verbose=False)
         prompts = [ids[37 * n : 37 * n + LENGTHS[n % 16]] for n in range(32)]
@@ -115,8 +116,9 @@ def _prefilled(model: Any, tokenizer: Any, kind: str, prompt: list[int]) -> dict
     for found in (serves, lambda *given: False):
         prefill_flash.serves = found
         rows = []
-        for start in range(0, len(prompt), 640):
-            part = prompt[start : start + 640]
+        cuts = [*([0] if store.lead else []), *range(store.lead, len(prompt), 640), len(prompt)]
+        for start, stop in pairwise(cuts):
+            part = prompt[start:stop]
             step = PrefillStep(store, start, len(part), [HeldPages(pages)])
             rows.append(runner.prefill(step, part, True).double())
         logits.append(torch.cat(rows))

@@ -216,6 +216,8 @@ def started(server: str, model: Any, tokenizer: Any, folder: str, options: Any) 
 
     release_attention(model)
     model.set_attn_implementation("sdpa")
+    # as torch comes; elsewhere cuDNN's attention is off, because it plans anew for every length
+    torch.backends.cuda.enable_cudnn_sdp("without cuDNN" not in server)
     original = model_manager.ModelManager._load_model
     model_manager.ModelManager._load_model = lambda self, *args, **kwargs: model
     serve = None
@@ -232,6 +234,7 @@ def started(server: str, model: Any, tokenizer: Any, folder: str, options: Any) 
         wait_for(url)
         yield url
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
         model_manager.ModelManager._load_model = original
         if serve is not None:
             serve.server.should_exit = True

@@ -98,19 +98,23 @@ def test_shapes_that_the_kernels_take(kernels):
 
 
 def test_merging_is_one_softmax_over_both(kernels):
-    """Into rows of a larger tensor; what is beside them stays as it was."""
+    """Into rows of a larger tensor; what is beside them stays as it was. Each side has strides and a dtype
+    of its own."""
     torch.manual_seed(0)
     number, heads, rows, dim = 2, 3, 19, 40
-    held, out = (torch.randn(number, heads, rows, dim, device=DEVICE).to(DTYPE) for _ in "ab")
-    held_lse, lse = (4 * torch.randn(number, heads, rows, device=DEVICE) for _ in "ab")
-    wide = torch.full((heads, number, rows + 7, dim), 7.0, device=DEVICE)
-    wide_lse = torch.full((heads, number, rows + 7), 7.0, device=DEVICE)
-    inside, inside_lse = (part.transpose(0, 1)[:, :, 5 : 5 + rows] for part in (wide, wide_lse))
-    kernels[1].take_into(inside, inside_lse, held, held_lse, True)
-    assert torch.equal(inside, held.float()) and torch.equal(inside_lse, held_lse)
-    kernels[1].take_into(inside, inside_lse, out, lse, False)
-    shares = torch.stack([held_lse, lse]).softmax(0)[..., None]
-    assert torch.allclose(inside, shares[0] * held.float() + shares[1] * out.float(), atol=1e-5)
-    assert torch.allclose(inside_lse, torch.logaddexp(held_lse, lse), atol=1e-5)
-    for part in (wide, wide_lse):
-        assert (part[:, :, :5] == 7).all() and (part[:, :, 5 + rows :] == 7).all()
+    one = torch.randn(rows, number, heads, dim, device=DEVICE).to(DTYPE).permute(1, 2, 0, 3)
+    other = torch.randn(number, rows, heads, dim, device=DEVICE).transpose(1, 2)
+    one_lse = 4 * torch.randn(rows, number, heads, device=DEVICE).permute(1, 2, 0)
+    other_lse = 4 * torch.randn(number, heads, rows, device=DEVICE)
+    shares = torch.stack([one_lse, other_lse]).softmax(0)[..., None]
+    expected = shares[0] * one.float() + shares[1] * other
+    for dtype in (torch.float32, DTYPE):
+        wide = torch.full((heads, number, rows + 7, dim), 7.0, device=DEVICE, dtype=dtype)
+        wide_lse = torch.full((heads, number, rows + 7), 7.0, device=DEVICE)
+        inside, inside_lse = (part.transpose(0, 1)[:, :, 5 : 5 + rows] for part in (wide, wide_lse))
+        kernels[1].merge(one, one_lse, other, other_lse, inside, inside_lse)
+        tolerance = {"atol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+        assert torch.allclose(inside.float(), expected, **tolerance)
+        assert torch.allclose(inside_lse, torch.logaddexp(one_lse, other_lse), atol=1e-5)
+        for part in (wide, wide_lse):
+            assert (part[:, :, :5] == 7).all() and (part[:, :, 5 + rows :] == 7).all()

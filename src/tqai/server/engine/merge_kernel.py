@@ -8,45 +8,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["take_into"]
+__all__ = ["merge"]
 
 ROWS = 16
 
 
 @triton.jit
-def _take_into(
-    held, held_lse, out, lse, rows, dim,
-    h_n, h_h, h_r, hl_n, hl_h, hl_r, o_n, o_h, o_r, l_n, l_h, l_r,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, FIRST: tl.constexpr,
+def _merge(
+    one, one_lse, other, other_lse, out, lse, rows, dim,
+    a_n, a_h, a_r, al_n, al_h, al_r, b_n, b_h, b_r, bl_n, bl_h, bl_r, o_n, o_h, o_r, ol_n, ol_h, ol_r,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     number, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     row, column = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     present = row < rows
     every = present[:, None] & (column < dim)[None, :]
-    held += number * h_n + head * h_h + row[:, None] * h_r + column[None, :]
-    held_lse += number * hl_n + head * hl_h + row * hl_r
+    one += number * a_n + head * a_h + row[:, None] * a_r + column[None, :]
+    other += number * b_n + head * b_h + row[:, None] * b_r + column[None, :]
     out += number * o_n + head * o_h + row[:, None] * o_r + column[None, :]
-    new = tl.load(out, mask=every, other=0.0).to(tl.float32)
-    new_lse = tl.load(lse + number * l_n + head * l_h + row * l_r, mask=present, other=0.0)
-    if not FIRST:
-        before = tl.load(held_lse, mask=present, other=0.0)
-        top = tl.maximum(before, new_lse)
-        share, new_share = tl.exp(before - top), tl.exp(new_lse - top)
-        total = share + new_share
-        kept = tl.load(held, mask=every, other=0.0)
-        new = (kept * share[:, None] + new * new_share[:, None]) / total[:, None]
-        new_lse = top + tl.log(total)
-    tl.store(held, new, mask=every)
-    tl.store(held_lse, new_lse, mask=present)
+    first_lse = tl.load(one_lse + number * al_n + head * al_h + row * al_r, mask=present, other=0.0)
+    second_lse = tl.load(other_lse + number * bl_n + head * bl_h + row * bl_r, mask=present, other=0.0)
+    top = tl.maximum(first_lse, second_lse)
+    first, second = tl.exp(first_lse - top), tl.exp(second_lse - top)
+    total = first + second
+    made = tl.load(one, mask=every, other=0.0).to(tl.float32) * (first / total)[:, None]
+    made += tl.load(other, mask=every, other=0.0).to(tl.float32) * (second / total)[:, None]
+    tl.store(out, made.to(out.dtype.element_ty), mask=every)
+    tl.store(lse + number * ol_n + head * ol_h + row * ol_r, top + tl.log(total), mask=present)
 
 
-def take_into(held: Tensor, held_lse: Tensor, out: Tensor, lse: Tensor, first: bool) -> None:
-    """Merge `out` `[n, heads, rows, dim]` with log-sum-exp `lse` `[n, heads, rows]` into the float32 `held`
-    and `held_lse`, any strides but of the last axis of `held` and `out`; `first`: overwrite them.
-    Every row has seen something on both sides."""
+def merge(one: Tensor, one_lse: Tensor, other: Tensor, other_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Write to `out` `[n, heads, rows, dim]` what `one` and `other` of that shape, attention to some tokens
+    and to others, are together, and to the float32 `lse` `[n, heads, rows]` its log-sum-exp. Any dtypes, and
+    any strides but of the last axis of the first three. Every row has seen something on both sides."""
     number, heads, rows, dim = out.shape
-    _take_into[number * heads, triton.cdiv(rows, ROWS)](
-        held, held_lse, out, lse, rows, dim,
-        *held.stride()[:3], *held_lse.stride(), *out.stride()[:3], *lse.stride(),
-        heads, triton.next_power_of_2(dim), ROWS, first,
+    _merge[number * heads, triton.cdiv(rows, ROWS)](
+        one, one_lse, other, other_lse, out, lse, rows, dim,
+        *one.stride()[:3], *one_lse.stride(), *other.stride()[:3], *other_lse.stride(),
+        *out.stride()[:3], *lse.stride(),
+        heads, triton.next_power_of_2(dim), ROWS,
     )  # fmt: skip

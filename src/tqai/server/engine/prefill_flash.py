@@ -1,21 +1,23 @@
 """Attention of a prompt's chunk on a GPU, put together from torch's flash attention.
 
-What a chunk sees is no mask that flash attention knows, but falls into parts without masks, which are merged
-by their log-sum-exp:
+What a chunk sees is no mask that flash attention knows, but falls into two parts, each one call over
+sequences of rows that overlap in the keys that they read, and the two are merged by their log-sum-exp:
 
-    sinks and pages before the chunk    every token sees all of them; the pages are decoded once per chunk
-    the 64 tokens of its own block      exact, causal
-    earlier blocks of the chunk         their pages, decoded; a strict lower triangle of blocks, cut into
-                                        rectangles: of 2 s neighbouring blocks the last s see the first s,
-                                        for s = 1, 2, 4, ...
+    exact    each block of 64 tokens with the W tokens before it, causal
+    coded    sinks, the pages before the chunk and the pages of the blocks before its own, decoded once per
+             chunk; no mask, so that the heads that share a KV head are rows beside each other
 
-Uncompressed tokens are the same in a page and outside, so there a chunk is one causal part.
+    keys     | sinks | page 0 | page 1 | ... | pages of the chunk itself    |
+    block b  | <------------- first + 64 b tokens ------------> |
+
+Uncompressed tokens are the same in a page and outside, so there a chunk is one causal block.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from torch import Tensor
 from tqai.backends.base import Attended, ExactTokens
 from tqai.core.page import PAGE_TOKENS
 
-__all__ = ["ChunkAttention", "rectangles", "serves"]
+__all__ = ["TILE_PAGES", "ChunkAttention", "ChunkBlocks", "serves"]
 
 TILE_PAGES = 512
 """Pages of history that are decoded at a time."""
@@ -42,96 +44,129 @@ def serves(query: Tensor, values: Tensor, softcap: float | None) -> bool:
     )
 
 
-def rectangles(blocks: int) -> list[tuple[int, int, int, int]]:
-    """The strict lower triangle of `blocks` blocks as groups of equal rectangles, without overlap.
+class ChunkBlocks:
+    """Where the blocks of a chunk begin, as flash attention wants it told: int32 on the device.
 
-    Returns (first block, rectangles, columns, rows) of each group: rectangle i has the rows
-    first + i (columns + rows) + columns ..., and the `columns` blocks before them as columns.
+    Attributes:
+        tokens, size: of the chunk, and of a block; the last may be shorter.
+        starts: `[blocks + 1]`, first token of each block, and the end.
+        lengths: `[blocks]`, exact tokens that a block sees: the window before it and itself.
+        before: `[blocks]`, tokens in the blocks before each.
     """
-    found, size = [], 1
-    while size < blocks:
-        whole, rest = divmod(blocks, 2 * size)
-        if whole:
-            found.append((0, whole, size, size))
-        if rest > size:
-            found.append((whole * 2 * size, 1, size, rest - size))
-        size *= 2
-    return found
+
+    def __init__(self, tokens: int, window: int, by_blocks: bool, device: torch.device) -> None:
+        self.tokens, self.window = tokens, window
+        self.size = PAGE_TOKENS if by_blocks else tokens
+        starts = [*range(0, tokens, self.size), tokens]
+        lengths = [window + stop - start for start, stop in pairwise(starts)]
+        rows = torch.tensor([starts, [*lengths, 0]], dtype=torch.int32).to(device)
+        self.starts, self.lengths = rows[0], rows[1, :-1]
+        self.before = self.starts[:-1]
+        self.zeros = torch.zeros_like(self.starts)
 
 
 class ChunkAttention:
-    """Running result of a chunk's queries `[1, heads, tokens, dim]`, which begins with what every token
-    sees at least: itself."""
+    """Attention of a chunk's queries `[1, heads, tokens, dim]` to what is added, each of them once."""
 
-    def __init__(self, query: Tensor, own: ExactTokens, scaling: float, by_blocks: bool) -> None:
-        """`own`: the chunk's exact tokens, seen causally: all of them, or within blocks of 64."""
-        self.query, self.scaling = query, scaling
-        tokens = query.shape[2]
-        self.out = query.new_empty((*query.shape[:3], own.values.shape[3]), dtype=torch.float32)
-        self.lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-        whole = tokens // PAGE_TOKENS * PAGE_TOKENS if by_blocks else tokens
-        block = PAGE_TOKENS if by_blocks else whole
-        for start, stop, size in ((0, whole, block), (whole, tokens, tokens - whole)):
-            if start < stop:
-                parts = (query, *own, self.out, self.lse)
-                rows, keys, values, out, lse = (_blocks(part[:, :, start:stop], size) for part in parts)
-                _take_into(out, lse, *_flash(rows, keys, values, scaling, True), first=True)
+    def __init__(self, query: Tensor, kv_heads: int, scaling: float, blocks: ChunkBlocks) -> None:
+        self.query, self.scaling, self.blocks = query, scaling, blocks
+        self.group = query.shape[1] // kv_heads
+        self._by_head = query[0].unflatten(0, (kv_heads, self.group))
+        self._rows: Tensor | None = None
+        # out [kv_heads, group, tokens, dim], lse [kv_heads, group, tokens], first token
+        self._parts: list[tuple[Tensor, Tensor, int]] = []
+
+    def add_own(self, own: ExactTokens) -> None:
+        """Exact tokens `[1, kv_heads, window + tokens, dim]`, as each block sees them: the window before it
+        and itself, causal."""
+        blocks = self.blocks
+        keys, values = (part[0].transpose(0, 1) for part in own)
+        lengths = (min(blocks.size, blocks.tokens), blocks.window + min(blocks.size, blocks.tokens))
+        query = self.query[0].transpose(0, 1)
+        out, lse = _flash(
+            query, keys, values, blocks.starts, blocks.starts, blocks.lengths, *lengths, self.scaling, True
+        )
+        out = out.unflatten(1, (-1, self.group)).permute(1, 2, 0, 3)
+        self._parts.append((out, lse.unflatten(0, (-1, self.group)), 0))
 
     def add(self, seen: ExactTokens) -> None:
-        """Every token sees all of `seen`."""
-        _take_into(self.out, self.lse, *_flash(self.query, *seen, self.scaling, False))
+        """Every token sees all of `seen` `[1, kv_heads, any, dim]`."""
+        count, rows = seen.keys.shape[2], self.blocks.tokens * self.group
+        ends = torch.tensor([[0, rows], [count, 0]], dtype=torch.int32).to(self.query.device)
+        self._add_rows(seen, ends[0], self.blocks.zeros[:2], ends[1, :1], rows, count, 0)
 
-    def add_lower_blocks(self, coded: ExactTokens) -> None:
-        """Each token sees the blocks before its own among `coded`, whole blocks of 64 tokens."""
-        tokens, size = self.query.shape[2], PAGE_TOKENS
-        blocks = coded.keys.shape[2] // size
-        # a last block that is not whole is one more row of the triangle
-        rows = -(-tokens // size)
-        for first, count, columns, height in rectangles(rows):
-            step = (columns + height) * size
-            start, stop = first * size, min((first + count * (columns + height)) * size, tokens)
-            if count > 1 and stop - start < count * step:
-                # the last rectangle is cut short by the end of the prompt
-                self._add_rectangles(coded, start, count - 1, columns * size, step)
-                start += (count - 1) * step
-                self._add_rectangles(coded, start, 1, columns * size, stop - start)
-            else:
-                self._add_rectangles(coded, start, count, columns * size, min(step, stop - start))
-        assert blocks >= rows - 1
+    def add_coded(self, coded: ExactTokens, first: int) -> None:
+        """Block b sees the first `first` + 64 b tokens of `coded` `[1, kv_heads, any, dim]`."""
+        blocks = self.blocks
+        # a block that sees nothing is left out: flash attention has no number for that
+        left = 0 if first else 1
+        if len(blocks.before) == left:
+            return
+        starts = (blocks.starts[left:] - left * PAGE_TOKENS) * self.group
+        used = blocks.before[left:] + first
+        longest = first + PAGE_TOKENS * (len(blocks.before) - 1)
+        zeros = blocks.zeros[left:]
+        self._add_rows(coded, starts, zeros, used, PAGE_TOKENS * self.group, longest, left * PAGE_TOKENS)
 
-    def _add_rectangles(self, coded: ExactTokens, start: int, count: int, columns: int, step: int) -> None:
-        stop = start + count * step
-        query = _blocks(self.query[:, :, start:stop], step)[:, :, columns:]
-        keys, values = (
-            _blocks(part[:, :, start : start + columns], columns)
-            if count == 1
-            else _blocks(part[:, :, start:stop], step)[:, :, :columns]
-            for part in coded
+    def _add_rows(
+        self,
+        seen: ExactTokens,
+        starts: Tensor,
+        key_starts: Tensor,
+        used: Tensor,
+        most_rows: int,
+        most_keys: int,
+        first_token: int,
+    ) -> None:
+        if self._rows is None:
+            # [tokens, group, kv_heads, dim]: a KV head's rows of a block lie beside each other
+            self._rows = self._by_head.permute(2, 1, 0, 3).contiguous()
+        rows = self._rows[first_token:]
+        keys, values = (part[0].transpose(0, 1) for part in seen)
+        out, lse = _flash(
+            rows.flatten(0, 1),
+            keys,
+            values,
+            starts,
+            key_starts,
+            used,
+            most_rows,
+            most_keys,
+            self.scaling,
+            False,
         )
-        out, lse = _flash(query, keys, values, self.scaling, False)
-        held_out = _blocks(self.out[:, :, start:stop], step)[:, :, columns:]
-        held_lse = _blocks(self.lse[:, :, start:stop], step)[:, :, columns:]
-        _take_into(held_out, held_lse, out, lse)
+        out = out.unflatten(0, (-1, self.group)).permute(2, 1, 0, 3)
+        self._parts.append((out, lse.unflatten(1, (-1, self.group)).transpose(1, 2), first_token))
 
     def result(self) -> Attended:
-        """In the query's dtype."""
-        return Attended(self.out.to(self.query.dtype), self.lse)
+        """In the query's dtype. The part of all tokens has to be the first that was added."""
+        out, lse, _ = self._parts[0]
+        for number, (other, other_lse, start) in enumerate(self._parts[1:], 2):
+            dtype = self.query.dtype if number == len(self._parts) else torch.float32
+            # tokens first in memory, as the model goes on with them
+            made = out.new_empty((out.shape[2], *out.shape[:2], out.shape[3]), dtype=dtype).permute(
+                1, 2, 0, 3
+            )
+            made_lse = torch.empty_like(lse, dtype=torch.float32, memory_format=torch.contiguous_format)
+            if start:
+                made[:, :, :start], made_lse[:, :, :start] = out[:, :, :start], lse[:, :, :start]
+            one, one_lse = out[:, :, start:], lse[:, :, start:]
+            _merge(one, one_lse, other, other_lse, made[:, :, start:], made_lse[:, :, start:])
+            out, lse = made, made_lse
+        return Attended(out.flatten(0, 1)[None].to(self.query.dtype), lse.flatten(0, 1)[None])
 
 
-def _take_into(held: Tensor, held_lse: Tensor, out: Tensor, lse: Tensor, first: bool = False) -> None:
-    """As `merge_kernel.take_into`."""
+def _merge(one: Tensor, one_lse: Tensor, other: Tensor, other_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """As `merge_kernel.merge`."""
     if out.device.type == "cuda" and _has_triton():
-        from tqai.server.engine.merge_kernel import take_into
+        from tqai.server.engine.merge_kernel import merge
 
-        take_into(held, held_lse, out, lse, first)
+        merge(one, one_lse, other, other_lse, out, lse)
         return
-    if first:
-        held.copy_(out)
-        held_lse.copy_(lse)
-        return
-    total = torch.logaddexp(held_lse, lse)
-    held.mul_((held_lse - total).exp_()[..., None]).add_(out * (lse - total).exp_()[..., None])
-    held_lse.copy_(total)
+    total = torch.logaddexp(one_lse, other_lse)
+    share, other_share = ((part - total).exp()[..., None] for part in (one_lse, other_lse))
+    out.copy_(one.float() * share + other.float() * other_share)
+    lse.copy_(total)
 
 
 @cache
@@ -139,28 +174,57 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _blocks(part: Tensor, size: int) -> Tensor:
-    """`[1, heads, n * size, ...]` as `[n, heads, size, ...]`, a view."""
-    return part[0].unflatten(1, (-1, size)).transpose(0, 1)
-
-
 def _flash(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    used: Tensor,
+    most_rows: int,
+    most_keys: int,
+    scaling: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Attention of sequences of rows: sequence i has rows `starts[i]` to `starts[i + 1] - 1` of `query`
+    `[rows, heads, dim]` and sees `used[i]` tokens of `keys` `[tokens, kv_heads, dim]` from `key_starts[i]`
+    on; causal: its last row all of them, the one before one fewer. Sequences may share keys.
+
+    Returns `[rows, heads, dim]` and log-sum-exp `[heads, rows]`.
+    """
     if query.device.type == "cpu":  # tests of the cutting
-        return _plain(query, keys, values, scaling, causal)
-    found = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, keys, values, 0.0, causal, False, scale=scaling
-    )
+        return _plain(query, keys, values, starts, key_starts, used, scaling, causal)
+    found = torch.ops.aten._flash_attention_forward(
+        query, keys, values, starts, key_starts, most_rows, most_keys, 0.0, causal, False,
+        scale=scaling, seqused_k=used,
+    )  # fmt: skip
     return found[0], found[1]
 
 
 def _plain(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: bool
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    used: Tensor,
+    scaling: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     group = query.shape[1] // keys.shape[1]
-    keys, values = keys.repeat_interleave(group, 1).float(), values.repeat_interleave(group, 1).float()
-    logits = scaling * (query.float() @ keys.transpose(-1, -2))
-    if causal:
-        logits = logits.masked_fill(torch.ones(logits.shape[-2:]).triu(1).bool(), -torch.inf)
-    return (logits.softmax(-1) @ values).to(query.dtype), logits.logsumexp(-1)
+    outs, lses = [], []
+    for row, until, key, count in zip(
+        starts.tolist(), starts.tolist()[1:], key_starts.tolist(), used.tolist(), strict=False
+    ):
+        rows = query[row:until].float().transpose(0, 1)
+        seen = [
+            part[key : key + count].float().transpose(0, 1).repeat_interleave(group, 0)
+            for part in (keys, values)
+        ]
+        logits = scaling * (rows @ seen[0].transpose(1, 2))
+        if causal:
+            hidden = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1 + count - (until - row))
+            logits = logits.masked_fill(hidden, -torch.inf)
+        outs.append((logits.softmax(-1) @ seen[1]).transpose(0, 1))
+        lses.append(logits.logsumexp(-1))
+    return torch.cat(outs).to(query.dtype), torch.cat(lses, dim=1)

@@ -10,6 +10,7 @@ from tqai.backends.torch_ops.attention import attend as attend_exact
 from tqai.core.page import PAGE_TOKENS
 from tqai.server.engine import prefill_flash
 from tqai.server.engine.page_table import HeldPages, PageTable
+from tqai.server.engine.prefill_flash import TILE_PAGES, ChunkAttention, ChunkBlocks
 from tqai.server.engine.store import TokenStore
 
 __all__ = ["PrefillStep"]
@@ -40,6 +41,7 @@ class PrefillStep:
             _Sight(store, number, pages, start, self.before, self.blocks, self.tail)
             for number, pages in enumerate(held)
         ]
+        self._flash_blocks: dict[bool, ChunkBlocks] = {}
         self._masks: dict[tuple[int | None, bool], Tensor | None] = {}
         self._device = device
         self._tokens: dict[int, ExactTokens] = {}
@@ -121,7 +123,7 @@ class PrefillStep:
         if self.is_lead:
             mask = self._mask(window, None)
             return attend_exact(query, None, None, tokens, mask, scaling, softcap)
-        if window is None and not store.window and prefill_flash.serves(query, tokens.values, softcap):
+        if window is None and prefill_flash.serves(query, tokens.values, softcap):
             return self._attend_parts(layer, query, tokens, sinks, scaling)
         codes, slab = store.codes[layer], store.slabs[layer]
         span = store.window + PAGE_TOKENS
@@ -157,14 +159,26 @@ class PrefillStep:
         """As `_attend`, in parts that flash attention knows (`prefill_flash`)."""
         codes, slab = self.store.codes[layer], self.store.slabs[layer]
         sight = self._sights[self.store.kind_of[layer]]
-        chunk = prefill_flash.ChunkAttention(query, own, scaling, codes.is_lossy)
-        if sinks is not None:
-            chunk.add(sinks)
-        for ids in sight.before_ids.split(prefill_flash.TILE_PAGES):
+        by_blocks = codes.is_lossy
+        if by_blocks not in self._flash_blocks:
+            window = self.store.window
+            self._flash_blocks[by_blocks] = ChunkBlocks(self.count, window, by_blocks, query.device)
+        chunk = ChunkAttention(query, own.keys.shape[1], scaling, self._flash_blocks[by_blocks])
+        chunk.add_own(own)
+        apart = max(len(sight.before_ids) - TILE_PAGES, 0) if by_blocks else len(sight.before_ids)
+        for ids in sight.before_ids[:apart].split(TILE_PAGES):
             if len(ids):
                 chunk.add(codes.unpacked(slab, ids, query.dtype))
-        if codes.is_lossy and self.count > PAGE_TOKENS:
-            chunk.add_lower_blocks(codes.unpacked(slab, sight.fresh_ids, query.dtype))
+        if by_blocks:
+            near = sight.before_ids[apart:]
+            first = self.store.sinks + len(near) * PAGE_TOKENS
+            ids = torch.cat([near, sight.fresh_ids])
+            coded = [] if sinks is None else [sinks]
+            if len(ids):
+                coded.append(codes.unpacked(slab, ids, query.dtype))
+            if coded:
+                whole = coded[0] if len(coded) == 1 else ExactTokens(*map(_joined, *coded))
+                chunk.add_coded(whole, first)
         return chunk.result()
 
     def _mask(
@@ -196,6 +210,10 @@ class PrefillStep:
             row = (first + torch.arange(new, device=device))[:, None, :, None]
             self._masks[key] = (column <= row) & (column > row - sliding_window)
         return self._masks[key]
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first, second], dim=2)
 
 
 class _Sight:
