@@ -8,7 +8,8 @@
  *   keys      bytes k, k + 1 (k + 2) of 64 tokens, for each of four coordinates; these are interleaved within
  *             128-bit lanes to four units (trellis.h says why tokens lie as they do)
  *   values    bytes of 8 tokens for each of 8 coordinates, picked from the 8 tokens' row by vpermq:
- *             qword u = coordinate 8 a + u, byte v = token v; its two 32-bit lanes are added in the end
+ *             qword u = coordinate 8 a + u, byte v = token v; its two 32-bit lanes are added in the end. With one or
+ *             two rows and 2 or 4 bits, of which places begin whole windows, coordinate u of 8 places at once
  *
  * The units of keys are those of layout.h for 2 bits. Keys are levels + 128, values are signed.
  */
@@ -166,14 +167,81 @@ VBMI_INLINE void trellis_value_dims(const tqai_codec *codec, const value_maps *m
     for (int r = 0; r < rows; r++) add_sums(total[r], total[rows + r / 2], r % 2, step[r], acc + r * dim + d);
 }
 
+/* Dims of the places `at` to at + 7 (2 and 4 bits: a place, a byte, begins 4 or 2 whole windows, of which none goes
+ * further than the next): coordinate u of all places at once, so that nothing need be picked.
+ *
+ *   qword k = place at + k, byte v = token v     sum [u], qword k: dim 8 / bits * (at + k) + u, in two lanes */
+VBMI_INLINE void trellis_value_places(const tqai_codec *codec, const level_bytes *table, const int bits, const int state_bits,
+                                      const uint8_t *const *codes, const uint8_t *const *next, int pages, const int8_t *bytes,
+                                      const float *step, const int rows, int at, const int last, float *acc) {
+    const int dim = codec->head_dim, row_bytes = tqai_trellis_row_bytes(codec), coordinates = 8 / bits;
+    const uint64_t *maps = ((const tqai_trellis *)codec->tables)->matrices;
+    const int end = row_bytes - 1 - at; /* the place that the first one follows, if it is one of these */
+    __m512i sum[BYTE_ROWS(MAX_ROWS)][4];
+#pragma GCC unroll 6
+    for (int b = 0; b < BYTE_ROWS(rows); b++)
+#pragma GCC unroll 4
+        for (int u = 0; u < coordinates; u++) sum[b][u] = _mm512_setzero_si512();
+    for (int page = 0; page < pages; page++)
+        for (int h = 0; h < 8; h++) {
+            const uint8_t *row = codes[page] + 8 * row_bytes * h, *in = row + 8 * at;
+            const __m512i one = _mm512_loadu_si512(in);
+            __m512i two = _mm512_loadu_si512(in + 8);
+            if (last) two = _mm512_mask_loadu_epi64(two, (__mmask8)(1 << end), row - 8 * end);
+            _mm_prefetch((const char *)next[page] + (in - codes[page]), _MM_HINT_T1);
+#pragma GCC unroll 4
+            for (int u = 0; u < coordinates; u++) {
+                __m512i index = _mm512_gf2p8affine_epi64_epi8(one, _mm512_set1_epi64((long long)maps[3 * u]), 0);
+                if (bits * u + bits + state_bits > 8)
+                    index = _mm512_xor_si512(
+                        index, _mm512_gf2p8affine_epi64_epi8(two, _mm512_set1_epi64((long long)maps[3 * u + 1]), 0));
+                const __m512i level = look_up_bytes(table, bits, index);
+#pragma GCC unroll 6
+                for (int b = 0; b < BYTE_ROWS(rows); b++) {
+                    int64_t eight;
+                    memcpy(&eight, bytes + b * BLOCK_TOKENS + TQAI_PAGE_TOKENS * page + 8 * h, sizeof eight);
+                    sum[b][u] = _mm512_dpbusd_epi32(sum[b][u], _mm512_set1_epi64(eight), level);
+                }
+            }
+        }
+    const __m512i lower = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), upper = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    __m512 total[BYTE_ROWS(MAX_ROWS)][2];
+#pragma GCC unroll 6
+    for (int b = 0; b < BYTE_ROWS(rows); b++) {
+        __m512i pair[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+#pragma GCC unroll 2
+        for (int u = 0; u < coordinates; u += 2) { /* | dim u, dim u + 1 | of every place */
+            const __m512i first = _mm512_mask_blend_epi32(0xAAAA, sum[b][u], _mm512_slli_epi64(sum[b][u + 1], 32));
+            const __m512i second = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(sum[b][u], 32), sum[b][u + 1]);
+            pair[u / 2] = _mm512_add_epi32(first, second);
+        }
+        const __m512i low = bits == 4 ? pair[0] : _mm512_permutex2var_epi64(pair[0], lower, pair[1]);
+        total[b][0] = _mm512_cvtepi32_ps(low);
+        total[b][1] = _mm512_cvtepi32_ps(_mm512_permutex2var_epi64(pair[0], upper, pair[1]));
+    }
+    const int d = coordinates * at;
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+        add_sums(total[r][0], total[rows + r / 2][0], r % 2, step[r], acc + r * dim + d);
+        if (bits == 2 && d + 16 < dim) add_sums(total[r][1], total[rows + r / 2][1], r % 2, step[r], acc + r * dim + d + 16);
+    }
+}
+
 VBMI_INLINE void trellis_value_sums(const tqai_codec *codec, const int bits, const int state_bits,
                                     const uint8_t *const *codes, const uint8_t *const *next, int pages, const int16_t *w,
                                     const float *step, const int rows, float *acc) {
     const level_bytes table = load_level_bytes(codec->tables, 0);
-    const value_maps maps = load_value_maps(codec->tables, bits);
     int8_t bytes[BYTE_ROWS(MAX_ROWS) * BLOCK_TOKENS];
     int d = 0;
     split_rows(w, BLOCK_TOKENS, TQAI_PAGE_TOKENS * pages, rows, 0, bytes, BLOCK_TOKENS);
+    if (rows <= 2 && (bits == 2 || bits == 4)) { /* four rows would need more registers than there are */
+        const int row_bytes = tqai_trellis_row_bytes(codec);
+        for (; d < row_bytes - 8; d += 8)
+            trellis_value_places(codec, &table, bits, state_bits, codes, next, pages, bytes, step, rows, d, 0, acc);
+        trellis_value_places(codec, &table, bits, state_bits, codes, next, pages, bytes, step, rows, d, 1, acc);
+        return;
+    }
+    const value_maps maps = load_value_maps(codec->tables, bits);
     for (; d < codec->head_dim - 16; d += 16)
         trellis_value_dims(codec, &maps, &table, bits, state_bits, codes, next, pages, bytes, step, rows, d, 0, acc);
     trellis_value_dims(codec, &maps, &table, bits, state_bits, codes, next, pages, bytes, step, rows, d, 1, acc);
