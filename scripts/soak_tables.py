@@ -30,7 +30,7 @@ def soak_table(root: Path) -> str:
         f"{found['generated_tokens_per_second']:.1f} per second",
         "server errors": str(server_errors),
         "connections and streams that broke": str(
-            len(found.get("client_errors", found.get("broken", ()))) + statuses.get(BROKEN_OFF, 0)
+            len(found["client_errors"]) + statuses.get(BROKEN_OFF, 0)
         ),
         "pages not given back": f"{unreturned} of {end['pages']}",
         "resident memory after warm-up": f"{found['settled_bytes'] / 1e6:.0f} MB",
