@@ -29,9 +29,7 @@ def soak_table(root: Path) -> str:
         "tokens generated": f"{end['counters']['generated_tokens']}, "
         f"{found['generated_tokens_per_second']:.1f} per second",
         "server errors": str(server_errors),
-        "connections and streams that broke": str(
-            len(found["client_errors"]) + statuses.get(BROKEN_OFF, 0)
-        ),
+        "connections and streams that broke": str(len(found["client_errors"]) + statuses.get(BROKEN_OFF, 0)),
         "pages not given back": f"{unreturned} of {end['pages']}",
         "resident memory after warm-up": f"{found['settled_bytes'] / 1e6:.0f} MB",
         "its change until the last fifth": f"{found['grown_bytes'] / 1e6:+.1f} MB; trend "
@@ -65,7 +63,7 @@ def fuzz_table(root: Path) -> str:
 
 def _table(rows: dict[str, str], found: dict[str, Any]) -> str:
     where = found["provenance"]
-    rows = {**rows, "machine, date": f"{where['cpu']}, {where['date'][:10]}"}
+    rows = {**rows, "machine, date, commit": f"{where['cpu']}, {where['date'][:10]}, {where['commit'][:7]}"}
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
