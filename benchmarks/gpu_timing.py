@@ -86,7 +86,8 @@ def gpu_provenance(commit: str | None) -> dict[str, Any]:
     found["cuda"] = torch.version.cuda
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        shown = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        found["driver"] = shown.split()[0]  # one line for each GPU
+    except (OSError, IndexError, subprocess.CalledProcessError):
         found["driver"] = None
     return found
