@@ -82,12 +82,17 @@ class RequestPages:
         return found.snapshot.stored
 
     def _has_room_for(self, sequence: Sequence, in_hand: int) -> bool:
-        for number, (kind, pool) in enumerate(zip(self.kinds, self.pools, strict=True)):
+        for number, kind in enumerate(self.kinds):
             later = kind.most_pages(len(sequence.tokens), self.chunk_tokens)
             later -= len(sequence.held[number].live)
-            if pool.free + self.prefixes.evictable(number) < later + in_hand:
+            if not self._could_have(later + in_hand, number):
                 return False
         return True
+
+    def _could_have(self, pages: int, number: int) -> bool:
+        """Whether so many pages of a kind are free or would be after evicting. Counting those takes time."""
+        free = self.pools[number].free
+        return free >= pages or free + self.prefixes.evictable(number) >= pages
 
     def make_room(self, pages: int, number: int) -> bool:
         """Whether so many pages of a kind are free, after evicting prefixes that nobody uses."""
@@ -148,8 +153,8 @@ class RequestPages:
             wanted = self.snapshots.stored_pages
             # not for the price of prefixes that are worth nothing without it
             if all(
-                pool.free + self.prefixes.evictable(number) >= count and self.make_room(count, number)
-                for number, (pool, count) in enumerate(zip(self.pools, wanted, strict=True))
+                self._could_have(count, number) and self.make_room(count, number)
+                for number, count in enumerate(wanted)
             ):
                 chunk.snapshot = self.snapshots.take(sequence.held)
 
