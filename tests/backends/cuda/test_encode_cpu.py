@@ -14,6 +14,8 @@ import torch
 from tests.backends.cuda.conftest import formats
 
 from tqai.backends.cuda.compile import source
+from tqai.backends.cuda.driver import SPECIFIC, architecture
+from tqai.backends.cuda.encode import tensor_form
 from tqai.backends.cuda.encode_plan import (
     FORMS,
     WARPS,
@@ -176,6 +178,15 @@ def test_which_formats_are_served():
         (4, 4, 128, "haar"),
     ):
         assert not has_tensor_encoding(formats(bits_k, bits_v, dim, rotation=rotation), "bfloat16")
+
+
+@pytest.mark.parametrize(("capability", "form"), [((8, 0), "mma"), ((9, 0), "wgmma"), ((10, 0), "mma")])
+def test_products_of_four_warps_are_of_sm_90_alone(monkeypatch, capability, form):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cuda", 0)
+    assert tensor_form(device) == form
+    specific = f"encode_{form}.cu" in SPECIFIC
+    assert architecture(device, specific) == {"mma": f"sm_{capability[0]}0", "wgmma": "sm_90a"}[form]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
