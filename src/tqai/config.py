@@ -33,7 +33,7 @@ MAX_WINDOW_TOKENS = 1 << 20
 RESIDUAL_STRATEGY_TOKENS = 128
 MAX_SKETCH_BITS = 4096
 
-DEFAULT_PRESET = "K4/V2"
+DEFAULT_PRESET = "balanced"
 """What a cache is made with where nobody says how to compress (`CacheConfig.asked`)."""
 FALLBACK_PRESET = "K4/V2"
 """And where what serves the cache does not serve that; every part of tqai serves this one."""
@@ -257,13 +257,17 @@ class CacheConfig:
 
     @classmethod
     def asked(
-        cls, given: Mapping[str, Any], refuses: Callable[[CacheConfig], str | None] | None = None
+        cls,
+        given: Mapping[str, Any],
+        refuses: Callable[[CacheConfig], str | None] | None = None,
+        default: str | None = None,
     ) -> CacheConfig:
         """What somebody who gave `given` gets: the default preset with these fields changed where none of
         them says how to compress (`COMPRESSION_FIELDS`), else the plain configuration with them.
 
         `refuses` says why a configuration is not served where it is to be used, or None. A default that
-        is not served becomes `FALLBACK_PRESET`, and a warning in the log says so.
+        is not served becomes `FALLBACK_PRESET`, and a warning in the log says so. `default` is the name of
+        another default than `DEFAULT_PRESET`.
 
         Raises:
             ConfigError: an unknown field, or a value out of range.
@@ -274,11 +278,12 @@ class CacheConfig:
         if COMPRESSION_FIELDS & said:
             return cls.from_dict(given)
         given = {name: value for name, value in given.items() if name not in COMPRESSION_FIELDS}
-        chosen = cls.preset(DEFAULT_PRESET, **given)
+        default = DEFAULT_PRESET if default is None else default
+        chosen = cls.preset(default, **given)
         reason = None if refuses is None else refuses(chosen)
         if reason is not None:
             logger.warning(
-                "the default preset %s is not served here (%s): %s", DEFAULT_PRESET, reason, FALLBACK_PRESET
+                "the default preset %s is not served here (%s): %s", default, reason, FALLBACK_PRESET
             )
             chosen = cls.preset(FALLBACK_PRESET, **given)
         return chosen

@@ -17,7 +17,6 @@ from tqai.cli.options import (
     BitsK,
     BitsV,
     Codec,
-    ConfigOption,
     DeviceOption,
     DtypeOption,
     LastLayerBits,
@@ -25,6 +24,7 @@ from tqai.cli.options import (
     Offsets,
     ResidualWindow,
     ScaleFormat,
+    ServedConfigOption,
     SinkTokens,
     cache_config,
 )
@@ -59,7 +59,7 @@ def chat(
         float, typer.Option(min=0.0, max=2.0, help="0 takes the most likely token.")
     ] = 0.7,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.", show_default="none")] = None,
-    config: ConfigOption = None,
+    config: ServedConfigOption = None,
     bits_k: BitsK = None,
     bits_v: BitsV = None,
     sink_tokens: SinkTokens = None,
@@ -85,11 +85,12 @@ def chat(
         with _Remote(url.rstrip("/"), key) as partner:
             _converse(partner, system, sampling)
         return
-    from tqai.server.engine.settings import refuses
+    from tqai.server.engine.settings import SERVER_PRESET, refuses
 
     settings = cache_config(
         config,
         refuses,
+        SERVER_PRESET,
         bits_k=bits_k,
         bits_v=bits_v,
         sink_tokens=sink_tokens,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tqai.config import DEFAULT_PRESET, NAMED_PRESETS, PRESETS, STUDY_PRESETS, CacheConfig
+from tqai.config import DEFAULT_PRESET, FALLBACK_PRESET, NAMED_PRESETS, PRESETS, STUDY_PRESETS, CacheConfig
 from tqai.errors import ConfigError
 
 __all__ = [
@@ -51,12 +51,22 @@ BitsV = Annotated[
     int | None,
     typer.Option(help="Bits per value coordinate, 1 to 8.", show_default="2", rich_help_panel=_PANEL),
 ]
+_PRESET_HELP = f"Preset: {', '.join([*PRESETS, *NAMED_PRESETS, *STUDY_PRESETS])}."
 ConfigOption = Annotated[
     str | None,
     typer.Option(
         "--config",
-        help=f"Preset: {', '.join([*PRESETS, *NAMED_PRESETS, *STUDY_PRESETS])}.",
+        help=_PRESET_HELP,
         show_default=f"{DEFAULT_PRESET}, where no option says how to compress",
+        rich_help_panel=_PANEL,
+    ),
+]
+ServedConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help=_PRESET_HELP,
+        show_default=f"{FALLBACK_PRESET}, where no option says how to compress",
         rich_help_panel=_PANEL,
     ),
 ]
@@ -129,10 +139,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 
 def cache_config(
-    preset: str | None = None, refuses: Callable[[CacheConfig], str | None] | None = None, **settings: Any
+    preset: str | None = None,
+    refuses: Callable[[CacheConfig], str | None] | None = None,
+    default: str | None = None,
+    **settings: Any,
 ) -> CacheConfig:
-    """The preset (or `CacheConfig.asked`, which `refuses` is for) with every setting applied that is not
-    None; `last_layer_bits` is text such as "K4/V4".
+    """The preset (or `CacheConfig.asked`, which `refuses` and `default` are for) with every setting applied
+    that is not None; `last_layer_bits` is text such as "K4/V4".
 
     Raises:
         ConfigError: no such preset, or a setting is out of range.
@@ -140,7 +153,9 @@ def cache_config(
     given = {name: value for name, value in settings.items() if value is not None}
     if isinstance(given.get("last_layer_bits"), str):
         given["last_layer_bits"] = bits_pair(given["last_layer_bits"])
-    return CacheConfig.asked(given, refuses) if preset is None else CacheConfig.preset(preset, **given)
+    return (
+        CacheConfig.asked(given, refuses, default) if preset is None else CacheConfig.preset(preset, **given)
+    )
 
 
 def bits_pair(text: str) -> tuple[int, int]:

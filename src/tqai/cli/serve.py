@@ -17,7 +17,6 @@ from tqai.cli.options import (
     BitsK,
     BitsV,
     Codec,
-    ConfigOption,
     DeviceOption,
     DtypeOption,
     LastLayerBits,
@@ -25,6 +24,7 @@ from tqai.cli.options import (
     Offsets,
     ResidualWindow,
     ScaleFormat,
+    ServedConfigOption,
     SinkTokens,
     cache_config,
 )
@@ -134,7 +134,7 @@ def serve(
         bool, typer.Option("--no-prefix-caching", help="Do not share pages between requests.")
     ] = False,
     no_tqai: Annotated[bool, typer.Option("--no-tqai", help="Leave the cache uncompressed.")] = False,
-    config: ConfigOption = None,
+    config: ServedConfigOption = None,
     bits: Annotated[
         int | None,
         typer.Option(help="Bits for keys and values alike.", show_default="none", rich_help_panel="Cache"),
@@ -160,11 +160,12 @@ def serve(
         raise CommandError(
             "--bits: sets both sides, so it excludes --bits-k, --bits-v and --config", WRONG_USAGE
         )
-    from tqai.server.engine.settings import refuses
+    from tqai.server.engine.settings import SERVER_PRESET, refuses
 
     cache = cache_config(
         config,
         refuses,
+        SERVER_PRESET,
         bits_k=bits if bits is not None else bits_k,
         bits_v=bits if bits is not None else bits_v,
         sink_tokens=sink_tokens,

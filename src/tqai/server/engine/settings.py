@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from tqai.config import CacheConfig
+from tqai.config import FALLBACK_PRESET, CacheConfig
 from tqai.core.page import PAGE_TOKENS
 from tqai.errors import ConfigError
 
-__all__ = ["EngineSettings", "default_cache", "refuses"]
+__all__ = ["SERVER_PRESET", "EngineSettings", "refuses"]
 
-
+SERVER_PRESET = FALLBACK_PRESET
+"""What is served where nobody says how to compress: scalar codes, which are encoded in microseconds. A page
+of trellis codes takes half a millisecond per layer on a GPU, and in a full batch some sequence completes one
+at nearly every step. `--config balanced` asks for them."""
 NOT_SERVED = ("bits_budget", "compress_hidden", "compress_ffn", "compress_attn_logits")
 """Fields of `CacheConfig` that make the size of a page depend on the first prompt, or change the model."""
 
@@ -25,11 +28,6 @@ def refuses(cache: CacheConfig) -> str | None:
                 f"allowed is {getattr(plain, name)!r}"
             )
     return None
-
-
-def default_cache() -> CacheConfig:
-    """The default preset, or what is served in its place."""
-    return CacheConfig.asked({}, refuses)
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class EngineSettings:
         ConfigError: a field is out of range.
     """
 
-    cache: CacheConfig | None = field(default_factory=default_cache)
+    cache: CacheConfig | None = field(default_factory=lambda: CacheConfig.preset(SERVER_PRESET))
     max_running: int = 32
     max_waiting: int = 256
     chunk_tokens: int = 256
