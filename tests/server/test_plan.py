@@ -142,7 +142,7 @@ def test_the_last_layer_s_bits_are_those_of_the_last_layer():
 
 def test_command(capsys):
     assert main(["plan", "--config", "balanced"]) == 0
-    assert "tqai run" in capsys.readouterr().out
+    assert "tqai serve --config balanced" in capsys.readouterr().out
     assert main(["plan", "--config", "nonsense"]) == 2
     assert "allowed are bfloat16, K4/V2" in capsys.readouterr().err
     assert main(["plan", "--memory", "1GiB", "--context", "8192", "--json"]) == 0
