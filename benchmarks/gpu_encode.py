@@ -3,7 +3,8 @@
     python benchmarks/gpu_encode.py [--backends cuda,triton] [--out benchmarks/results/gpu_encode.json]
 
 8 KV heads, head_dim 128, bfloat16, 4096 pages (1.07 GB of keys and values). The pages are compared with
-core on a part before anything is timed: codes equal but for coordinates at a boundary.
+core on a part before anything is timed: codes equal but for coordinates at a boundary. Beside `cuda` its
+general kernel is timed, which encodes what the tensor cores are not used for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from gpu_attention import DIM, KV_HEADS, backends
 from gpu_timing import copy_bandwidth, gpu_provenance, graph_us
 
+from tqai.backends.cuda.codes import encode_generally
+from tqai.backends.cuda.encode import tensor_encoding_is_right
 from tqai.core.codec import CodecSpec, make_codec
 from tqai.core.packing import unpack
 from tqai.core.page import PAGE_TOKENS, PageFormat
@@ -74,6 +77,13 @@ def main() -> None:
                 "of_copy_bandwidth": size / (time_us * 1e-6) / bandwidth,
                 "codes_apart": share,
             }
+            if backend.name == "cuda":
+                row["tensor_cores"] = tensor_encoding_is_right(
+                    page_format, keys.dtype, keys.device, encode_generally
+                )
+                row["general_us"] = graph_us(
+                    [partial(encode_generally, keys, values, page_format, out)], replays=5
+                )
             rows.append(row)
             rate = row["input_bytes_per_s"] / 1e12
             print(
