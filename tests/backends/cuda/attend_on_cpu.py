@@ -38,6 +38,7 @@ TRELLIS_BODIES = {
     "load_shared": "return *(const u32*)(blocks[block_number()].shared + address);",
     "either": "return (a & mask) | (b & ~mask);",
     "differing": "return (a ^ b) & mask;",
+    "masked_and": "return (a & mask) | b;",
     "mma_tf32": "abort();",
     "mma_bf16": "abort();",
 }

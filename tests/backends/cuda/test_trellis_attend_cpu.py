@@ -1,11 +1,13 @@
-"""Attention on trellis codes of 3 bits (`trellis_split.cuh`): the kernels' own text, run on the CPU."""
+"""Attention on trellis codes with split tables (`trellis_split.cuh`): the kernels' text, run on the CPU."""
 
 from __future__ import annotations
 
 import pytest
 from tests.backends.cuda.test_attend_cpu import check, folder, gpu, make_case  # noqa: F401
 
+from tqai.backends.cuda import calls
 from tqai.backends.cuda.plan import Shape
+from tqai.backends.cuda.trellis_plan import Form
 
 BOUND = 1e-4
 """Levels are exact; queries and weights have 16 bits."""
@@ -14,6 +16,13 @@ BOUND = 1e-4
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_keys_and_values_in_two_candidates(gpu, dim):  # noqa: F811
     case = make_case(bits=(3, 3), dim=dim, codec="trellis", pages=3, recent=5, sinks=0, group=3, new_tokens=1)
+    check(case, bound=BOUND, splits=1)
+
+
+@pytest.mark.parametrize(("codec", "dim"), [("trellis", 80), ("trellis256", 64)])
+def test_codes_of_4_bits_in_four_candidates(gpu, monkeypatch, codec, dim):  # noqa: F811
+    monkeypatch.setattr(calls, "table_forms", lambda *_: (Form(False, 32, True),) * 2)
+    case = make_case(bits=(4, 4), dim=dim, codec=codec, pages=2, recent=5, sinks=0, group=3, new_tokens=1)
     check(case, bound=BOUND, splits=1)
 
 

@@ -66,6 +66,15 @@ def test_split_entries_have_both_levels_of_two_neighbours():
     np.testing.assert_allclose(second * level_unit(codec), np.roll(wanted, -1, -1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["trellis", "trellis256"])
+def test_split_entries_of_4_bits_have_the_levels_of_four_windows(name):
+    codec = make_codec(CodecSpec(name, 128, 4))
+    entries = table(codec, Form(False, 32, True)).view(np.int8).reshape(-1, 4)
+    windows = np.arange(1 << codec.code.window_bits)
+    found = entries[windows >> 2, windows & 3]
+    np.testing.assert_allclose(found * level_unit(codec), codec.tables()["windows"], rtol=1e-6)
+
+
 @pytest.mark.parametrize("limit", [LIMIT, 166912, 101376])
 @pytest.mark.parametrize("name", ["trellis", "trellis256"])
 @pytest.mark.parametrize("bits_v", [1, 2, 3, 4])
@@ -88,7 +97,9 @@ def test_equal_bits_share_a_table_and_use_pairs_where_they_fit():
     assert table_bytes(formats(3, 3), (Form(False, 32, True),) * 2) == 1024 * 32 * 4
     assert table_bytes(formats(3, 3), (Form(False, 32),) * 2) == 512 * 32 * 4
     assert table_forms(formats(3, 3), 166912) == (Form(False, 32),) * 2
-    assert table_bytes(formats(4, 4), table_forms(formats(4, 4), LIMIT)) == 1024 * 32 * 4
+    assert table_forms(formats(4, 4, name="trellis256"), LIMIT) == (Form(False, 32, True),) * 2
+    assert table_forms(formats(4, 4), LIMIT) == (Form(False, 32, True),) * 2
+    assert table_bytes(formats(4, 4), table_forms(formats(4, 4), LIMIT)) == 256 * 32 * 4
 
 
 def test_refusals_say_what():

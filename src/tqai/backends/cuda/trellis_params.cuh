@@ -3,8 +3,8 @@
 // More macros: TRELLIS 1; SK, SV bits of the state; PAIRK, PAIRV, COPIESK, COPIESV the form of the tables (see
 // `trellis_lookup.cuh`); SPLITK, SPLITV 1 for those of `trellis_split.cuh`; SAME 1 where keys and values have one table.
 
-#define WINDOW_K (BK + SK + PAIRK * BK + SPLITK)
-#define WINDOW_V (BV + SV + PAIRV * BV + SPLITV)
+#define WINDOW_K (BK + SK + PAIRK * BK + (SPLITK ? BK == 4 ? -2 : 1 : 0))  // bits of an entry's number
+#define WINDOW_V (BV + SV + PAIRV * BV + (SPLITV ? BV == 4 ? -2 : 1 : 0))
 #define K_TABLE_WORDS ((1 << WINDOW_K) * COPIESK)
 #define V_TABLE_WORDS ((1 << WINDOW_V) * COPIESV)
 #define LUT_WORDS (K_TABLE_WORDS + (SAME ? 0 : V_TABLE_WORDS))

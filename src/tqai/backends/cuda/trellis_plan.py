@@ -28,14 +28,15 @@ __all__ = [
 WINDOW_BITS = 15
 """A table has at most 2**15 entries with all its copies, 128 KiB."""
 REGISTER_BITS = 24
-SPLIT_BITS = 10
+SPLIT = {3: 1, 4: -2}
+"""Bits of an entry's number in a split table beyond those of a window."""
 RING_BYTES = 64 * 1024
 """What a block wants of shared memory beside its tables."""
 
 
 class Form(NamedTuple):
     """Of a table in shared memory: entries for pairs of coordinates or for one, and copies of each, 32 (every
-    lane its own), 16 or 8 (lanes wait for each other); `split` for pairs in two candidates each."""
+    lane its own), 16 or 8 (lanes wait for each other); `split` for levels in several candidates."""
 
     pair: bool
     copies: int
@@ -73,18 +74,19 @@ def _code(codec: Codec) -> TrellisCode:
 
 
 def _entry_bits(codec: Codec, form: Form) -> int:
-    return SPLIT_BITS if form.split else _code(codec).window_bits + (codec.spec.bits if form.pair else 0)
+    further = SPLIT[codec.spec.bits] if form.split else codec.spec.bits if form.pair else 0
+    return _code(codec).window_bits + further
 
 
 def _bytes(codec: Codec, form: Form) -> int:
     return 4 * form.copies << _entry_bits(codec, form)
 
 
-def _cost(form: Form) -> float:
+def _cost(codec: Codec, form: Form) -> float:
     """Cycles of shared memory per value: 32 random lanes on 32, on 2 by 2 and on 4 by 4 banks. A split table
-    takes half a cycle, and other units more."""
+    takes half a cycle with 3 bits, one with 4, and other units more: as they were measured."""
     if form.split:
-        return 0.8
+        return 0.8 if codec.spec.bits == 3 else 0.95
     return {32: 1.0, 16: 2.0, 8: 3.0}[form.copies] / (2 if form.pair else 1)
 
 
@@ -99,7 +101,7 @@ def _forms(codec: Codec) -> list[Form]:
             furthest = (8 if odd and window > 9 else 16) - (1 if odd else bits * (1 + pair))
             if furthest + window <= REGISTER_BITS and _bytes(codec, form) <= 4 << WINDOW_BITS:
                 found.append(form)
-    if codec.spec.bits == 3 and codec.spec.name == "trellis":
+    if codec.spec.bits == 4 or (codec.spec.bits == 3 and codec.spec.name == "trellis"):
         found.append(Form(False, 32, True))
     return found
 
@@ -120,7 +122,10 @@ def table_forms(page_format: PageFormat, shared_limit_bytes: int) -> tuple[Form,
     fitting = [pair for pair in pairs if table_bytes(page_format, pair) <= room]
     return min(
         fitting,
-        key=lambda pair: (_cost(pair[0]) + _cost(pair[1]), table_bytes(page_format, pair)),
+        key=lambda pair: (
+            _cost(page_format.key, pair[0]) + _cost(page_format.value, pair[1]),
+            table_bytes(page_format, pair),
+        ),
         default=None,
     )
 
@@ -147,11 +152,13 @@ def table_macros(page_format: PageFormat, forms: tuple[Form, Form]) -> dict[str,
 
 def table(codec: Codec, form: Form) -> NDArray[np.uint32]:
     """Entries of all windows: the level as float32, the levels of two neighbours as bfloat16, the first one
-    in the low half, or both levels of each as bytes (`trellis_split.cuh`). Levels are whole numbers;
+    in the low half, or several levels as bytes (`trellis_split.cuh`). Levels are whole numbers;
     `level_unit` is what one is worth."""
     code = _code(codec)
+    if form.split and code.bits == 4:
+        return np.ascontiguousarray(code.window_levels).view(np.uint32)
     if form.split:
-        middle = np.arange(1 << SPLIT_BITS) << 1
+        middle = np.arange(1 << _entry_bits(codec, form)) << 1
         choices = np.arange(2)[:, None]
         first = middle & 0x1FF | choices ^ middle >> 3 & 1
         second = (middle | (choices ^ middle >> 8 & 1) << 11) >> 3
