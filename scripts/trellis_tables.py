@@ -21,16 +21,18 @@ def gpu_attention_table(root: Path) -> str:
     for codec, bits in dict.fromkeys((row["codec"], row.get("bits")) for row in rows):
         cells = []
         for batch, tokens in sizes:
-            row = next(
-                row
-                for row in rows
-                if (row["codec"], row.get("bits"), row["batch"], row["tokens"])
-                == (codec, bits, batch, tokens)
-            )
+            key = codec, bits, batch, tokens
+            found = [
+                row for row in rows if (row["codec"], row.get("bits"), row["batch"], row["tokens"]) == key
+            ]
+            if not found:
+                cells.append("-")
+                continue
+            row = found[0]
             cell = f"{row['graph_us']:.1f}"
             if bits is not None:
                 cell += f" ({row['speedup']:.2f}"
-                cell += ")" if codec == "scalar" else f"; {row['of_scalar']:.2f})"
+                cell += ")" if codec == "scalar" or "of_scalar" not in row else f"; {row['of_scalar']:.2f})"
             cells.append(cell)
         name = codec if bits is None else f"{codec}, {bits} bits"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

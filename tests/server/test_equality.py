@@ -178,10 +178,10 @@ def test_uncompressed_pages_give_the_model_s_own_greedy_tokens(make_engine, load
 @pytest.mark.parametrize(
     "config",
     [
-        CacheConfig(),
-        CacheConfig(sink_tokens=3, residual_window=70),
+        CacheConfig(backend="torch"),
+        CacheConfig(sink_tokens=3, residual_window=70, backend="torch"),
         CacheConfig(**MEASURED),
-        CacheConfig(bits_k=3, bits_v=3, sink_tokens=2, offsets="on"),
+        CacheConfig(bits_k=3, bits_v=3, sink_tokens=2, offsets="on", backend="torch"),
     ],
     ids=["plain", "window", "as presets", "offsets"],
 )
@@ -190,7 +190,8 @@ def test_tokens_see_what_the_cache_of_one_sequence_shows_them(
 ):
     """Log-probabilities of a prompt and more tokens, among which a page is completed, the first of all in
     one case: those of a `TurboQuantCache` that is fed the prompt 64 tokens at a time and the rest one by
-    one. The engine freezes offsets from whole chunks, so they are of 64 tokens here. Where the first page
+    one. (On torch where that is fast enough: a kernel's error of 1e-3 can move a log-probability by 0.05.)
+    The engine freezes offsets from whole chunks, so they are of 64 tokens here. Where the first page
     comes while it decodes it balances by the prompt's queries, the cache by that token's."""
     model, _ = loaded
     if prompt_tokens == 100:
@@ -212,7 +213,8 @@ def test_tokens_see_what_the_cache_of_one_sequence_shows_them(
             logits = model(ids, position_ids=positions, past_key_values=cache).logits[0, -1]
             if prompt_tokens <= stop < stop_at:
                 found = float(torch.log_softmax(logits, -1)[tokens[stop]])
-                assert abs(found - chosen[stop - prompt_tokens].logprob) < 5e-3, stop
+                tolerance = 5e-4 if config.backend == "torch" else 5e-3
+                assert abs(found - chosen[stop - prompt_tokens].logprob) < tolerance, stop
                 compared += 1
     assert compared == new
     for asked, part in ((config.offsets, 0), (config.balance, 2)):

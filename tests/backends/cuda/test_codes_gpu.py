@@ -64,7 +64,7 @@ def test_codes_are_those_of_core(cuda_backend, dim, bits_k, bits_v, dtype):
         whole = ~apart.any(-1)
         np.testing.assert_array_equal(encoded.scales[whole] == 0x7FC0, wanted.scales[whole] == 0x7FC0)
         steps = np.abs(encoded.scales[whole].astype(int) - wanted.scales[whole].astype(int))
-        assert steps.max() <= 1 and (steps > 0).mean() < 2e-3
+        assert steps.max() <= 1 and (steps > 0).sum() <= max(2, 2e-3 * steps.size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

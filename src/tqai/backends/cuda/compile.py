@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata, resources
@@ -24,6 +25,8 @@ __all__ = ["cache_directory", "cubin", "options", "source"]
 
 logger = logging.getLogger("tqai")
 
+_IMPORTING = threading.Lock()
+"""Two threads that import cuda.core for the first time can see half of it."""
 INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"$', re.MULTILINE)
 
 
@@ -77,15 +80,16 @@ def _compiler_version() -> tuple[str, ...]:
 
 
 def _compile(text: str, name: str, macros: Mapping[str, int], arch: str) -> bytes:
-    try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError:
+    with _IMPORTING:
         try:
-            from cuda.core.experimental import Program, ProgramOptions
-        except ImportError as error:
-            raise BackendError(
-                f"the CUDA backend compiles with cuda-core (pip install 'tqai[cuda]'): {error}"
-            ) from error
+            from cuda.core import Program, ProgramOptions
+        except ImportError as first:
+            try:
+                from cuda.core.experimental import Program, ProgramOptions
+            except ImportError as error:
+                raise BackendError(
+                    f"the CUDA backend compiles with cuda-core (pip install 'tqai[cuda]'): {first}; {error}"
+                ) from error
     definitions = [(key, str(value)) for key, value in sorted(macros.items())]
     try:
         settings = ProgramOptions(name=name, std="c++17", arch=arch, define_macro=definitions)

@@ -40,8 +40,8 @@ class Units(NamedTuple):
 
 
 UNITS = {
-    6: {1: Units(1, 4080), 2: Units(8, 8160), 3: Units(40, 16000), 4: Units(64, 16000)},
-    8: {1: Units(1, 4064), 2: Units(8, 8144), 3: Units(32, 10800), 4: Units(64, 16000)},
+    6: {1: Units(1, 4080), 2: Units(8, 8160), 3: Units(40, 16000), 4: Units(128, 16000)},
+    8: {1: Units(1, 4064), 2: Units(8, 8144), 3: Units(32, 10800), 4: Units(128, 16000)},
 }
 """By bits of the state and of a code: as `trellis_distance.cuh` has room for."""
 
