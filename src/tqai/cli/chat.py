@@ -85,12 +85,11 @@ def chat(
         with _Remote(url.rstrip("/"), key) as partner:
             _converse(partner, system, sampling)
         return
-    from tqai.server.engine.settings import SERVER_PRESET, refuses
+    from tqai.server.engine.settings import SERVER_PRESET
 
     settings = cache_config(
         config,
-        refuses,
-        SERVER_PRESET,
+        default=SERVER_PRESET,
         bits_k=bits_k,
         bits_v=bits_v,
         sink_tokens=sink_tokens,

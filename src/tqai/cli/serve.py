@@ -160,12 +160,11 @@ def serve(
         raise CommandError(
             "--bits: sets both sides, so it excludes --bits-k, --bits-v and --config", WRONG_USAGE
         )
-    from tqai.server.engine.settings import SERVER_PRESET, refuses
+    from tqai.server.engine.settings import SERVER_PRESET
 
     cache = cache_config(
         config,
-        refuses,
-        SERVER_PRESET,
+        default=SERVER_PRESET,
         bits_k=bits if bits is not None else bits_k,
         bits_v=bits if bits is not None else bits_v,
         sink_tokens=sink_tokens,

@@ -9,14 +9,6 @@
 #define V_TABLE_WORDS ((1 << WINDOW_V) * COPIESV)
 #define LUT_WORDS (K_TABLE_WORDS + (SAME ? 0 : V_TABLE_WORDS))
 #define WEIGHT_PITCH (PAGE_TOKENS + 4)
-// Whether keys and values of a page are fetched apart (`attend_split.cu`); BULK is what stands in for sm_90.
-#ifndef HALVES
-#if STAGES == 1 && (__CUDA_ARCH__ >= 900 || BULK)
-#define HALVES 1
-#else
-#define HALVES 0
-#endif
-#endif
 #define SCRATCH_BYTES (16 * WEIGHT_PITCH > 4 * (DK > DV ? DK : DV) ? 16 * WEIGHT_PITCH : 4 * (DK > DV ? DK : DV))
 
 // A table out of global memory, every entry in all its copies; by the whole block.
