@@ -231,7 +231,7 @@ def test_saved_and_read_again(tmp_path):
         tmp_path / "file", {f"layers.0.{name}": part for name, part in tensors.items()}, {"layers": []}
     )
     read, header = read_file(tmp_path / "file")
-    assert header["version"] == 3
+    assert header["version"] == 4
     again = layer(offsets="on")
     import_layer(
         again,

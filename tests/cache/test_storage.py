@@ -84,11 +84,12 @@ def test_other_files_are_refused(tmp_path):
 
 def test_unknown_version_is_named(saved, tmp_path, monkeypatch):
     layer, _ = saved
-    monkeypatch.setattr(storage, "_version_of", lambda tensors: 999)
-    write_file(tmp_path / "future", *export_layer(layer)[:1], {})
-    monkeypatch.undo()
-    with pytest.raises(FileVersionError, match="version 999: allowed are 1 to 3"):
-        read_file(tmp_path / "future")
+    for version in (999, 3, 1):
+        monkeypatch.setattr(storage, "FORMAT_VERSION", version)
+        write_file(tmp_path / "other", *export_layer(layer)[:1], {})
+        monkeypatch.undo()
+        with pytest.raises(FileVersionError, match=f"version {version}: allowed is 4"):
+            read_file(tmp_path / "other")
 
 
 def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):

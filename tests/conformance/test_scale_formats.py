@@ -116,7 +116,7 @@ def test_saved_and_counted(tmp_path, codec):
     assert tensors["key_scales"].shape == (2, 3, 2, 66)
     write_file(tmp_path / "c", tensors, {"layer": about})
     tensors, header = read_file(tmp_path / "c")
-    assert header["version"] == 2
+    assert header["version"] == 4
     twin = CompressedLayer(layer.config)
     import_layer(twin, tensors, header["layer"], torch.device("cpu"))
     assert torch.equal(twin.pool.raw(), layer.pool.raw())

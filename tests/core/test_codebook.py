@@ -1,4 +1,6 @@
-"""core.codebook and core.lloyd_max: optimal, as good as published, shipped tables as solved."""
+"""core.codebook and core.lloyd_max: optimal, as good as published, shipped tables as solved.
+
+What whole numbers of a byte change is in test_grid.py."""
 
 import json
 import math
@@ -9,7 +11,14 @@ import numpy as np
 import pytest
 
 from tqai.core import lloyd_max
-from tqai.core.codebook import SHIPPED_HEAD_DIMS, codebook, distortion_bound, solved_codebook
+from tqai.core.codebook import (
+    SHIPPED_HEAD_DIMS,
+    codebook,
+    distortion_bound,
+    optimal_codebook,
+    solved_codebook,
+)
+from tqai.core.grid import GRID_BITS
 from tqai.core.tables import __main__ as regenerate
 from tqai.errors import ConfigError
 
@@ -72,7 +81,7 @@ def test_bound_is_that_of_the_paper():
 
 @pytest.mark.parametrize(("dim", "bits"), [*SHIPPED, (3, 5), (5, 8), (33, 4), (1000, 3)])
 def test_optimality_conditions(dim, bits):
-    book = codebook(dim, bits)
+    book = codebook(dim, bits) if bits > GRID_BITS else optimal_codebook(dim, bits)
     edges = np.concatenate([[-1.0], book.boundaries, [1.0]])
     # Quadrature over the whole line, so that symmetry is not assumed.
     _, mean = independent_moments(dim, edges)
@@ -92,7 +101,7 @@ def test_shipped_dims_are_read_and_not_solved(monkeypatch):
     def refuse(head_dim, bits):
         raise AssertionError(f"solved {head_dim}, {bits}")
 
-    monkeypatch.setattr("tqai.core.codebook.solve", refuse)
+    monkeypatch.setattr("tqai.core.codebook.solved_half", refuse)
     codebook.cache_clear()
     for dim, bits in SHIPPED:
         assert len(codebook(dim, bits).centroids) == 2**bits
@@ -147,8 +156,9 @@ def test_three_dimensions_are_uniform(bits):
     """A coordinate of a unit vector in space is uniform on [-1, 1] (Archimedes)."""
     cells = 2**bits
     want = (2 * np.arange(cells) + 1 - cells) / cells
-    np.testing.assert_allclose(codebook(3, bits).centroids, want, rtol=0, atol=1e-13)
-    assert codebook(3, bits).mse_per_unit_vector == pytest.approx(4.0**-bits, rel=1e-12)
+    book = optimal_codebook(3, bits)
+    np.testing.assert_allclose(book.centroids, want, rtol=0, atol=1e-13)
+    assert book.mse_per_unit_vector == pytest.approx(4.0**-bits, rel=1e-12)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -163,7 +173,7 @@ def test_two_dimensions_by_plain_iteration_from_random_starts(bits):
             edges = np.concatenate([[-1.0], 0.5 * (levels[1:] + levels[:-1]), [1.0]])
             angles = np.arcsin(edges)
             levels = -np.diff(np.cos(angles)) / np.diff(angles)
-        np.testing.assert_allclose(codebook(2, bits).centroids, levels, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(optimal_codebook(2, bits).centroids, levels, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dim", [2, 65, 4096])
@@ -185,6 +195,6 @@ def test_solving_is_quick(dim):
     ],
 )
 def test_errors_name_field_and_value(dim, bits, words):
-    for make in (codebook, solved_codebook):
+    for make in (codebook, solved_codebook, optimal_codebook):
         with pytest.raises(ConfigError, match=words):
             make(dim, bits)

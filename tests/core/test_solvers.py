@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from tqai.core.codebook import SHIPPED_HEAD_DIMS, codebook
+from tqai.core.codebook import SHIPPED_HEAD_DIMS, codebook, optimal_codebook
 from tqai.core.solvers import OBJECTIVES, CodebookRegistry, Levels, objective_value, solve_codebook
 from tqai.errors import ConfigError, CorruptFileError, UnsupportedError
 
@@ -104,7 +104,7 @@ def test_every_solver_reaches_the_optimum(solver, dim, bits):
     assert np.all(np.diff(centroids) > 0)
     np.testing.assert_array_equal(centroids, -centroids[::-1])
     np.testing.assert_allclose(boundaries, 0.5 * (centroids[1:] + centroids[:-1]), atol=1e-7)
-    best = codebook(dim, bits).mse_per_unit_vector
+    best = optimal_codebook(dim, bits).mse_per_unit_vector
     assert best * (1 - 1e-6) < objective_value(half(levels), dim, "mse") < 1.001 * best
 
 

@@ -30,11 +30,9 @@ from tqai.errors import CorruptFileError, FileVersionError
 __all__ = ["FORMAT_VERSION", "read_file", "write_file"]
 
 FORMAT_NAME = "tqai-cache"
-FORMAT_VERSION = 3
-"""The newest version that is read. Written is the oldest that says it all: 1, or 2 where a layer has
-offsets, which a reader of version 1 would leave out, or scales of one byte, or 3 with balanced keys."""
-SINCE_VERSION_2 = ("key_offsets", "value_offsets")
-SINCE_VERSION_3 = ("key_factors",)
+FORMAT_VERSION = 4
+"""The version that is written and read. Codes of versions 1 to 3 count other levels (`core/codebook.py`,
+`core/trellis_code.py`)."""
 
 
 def write_file(path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -45,7 +43,7 @@ def write_file(path: str | PathLike[str], tensors: Mapping[str, Tensor], header:
     """
     path = Path(path)
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    full: dict[str, Any] = {**header, "format": FORMAT_NAME, "version": _version_of(tensors)}
+    full: dict[str, Any] = {**header, "format": FORMAT_NAME, "version": FORMAT_VERSION}
     full["sha256"] = {name: _digest(tensor) for name, tensor in on_cpu.items()}
     full["header_sha256"] = _header_digest(full)
     data = save(on_cpu, {"tqai": json.dumps(full, sort_keys=True)})
@@ -82,8 +80,8 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
             raise KeyError("format")
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptFileError(f"{path} is no saved cache, or is truncated: {error}") from error
-    if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
-        raise FileVersionError(f"{path} has format version {version!r}: allowed are 1 to {FORMAT_VERSION}")
+    if isinstance(version, bool) or version != FORMAT_VERSION:
+        raise FileVersionError(f"{path} has format version {version!r}: allowed is {FORMAT_VERSION}")
     if claimed != _header_digest(header):
         raise CorruptFileError(f"{path}: the header does not match its checksum")
     if set(checksums) != set(tensors):
@@ -92,15 +90,6 @@ def read_file(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
         if _digest(tensor) != checksums[name]:
             raise CorruptFileError(f"{path}: tensor {name} does not match its checksum")
     return tensors, header
-
-
-def _version_of(tensors: Mapping[str, Tensor]) -> int:
-    if any(name.endswith(SINCE_VERSION_3) for name in tensors):
-        return 3
-    for name, tensor in tensors.items():
-        if name.endswith(SINCE_VERSION_2) or (name.endswith("key_scales") and tensor.dtype == torch.uint8):
-            return 2
-    return 1
 
 
 def _digest(tensor: Tensor) -> str:

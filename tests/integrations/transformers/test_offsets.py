@@ -120,7 +120,7 @@ def test_files_of_version_1_still_load(tiny, tmp_path):
         model(prompt(150), past_key_values=cache)
     cache.save(tmp_path / "c")
     header = read_file(tmp_path / "c")[1]
-    assert header["version"] == 1
+    assert header["version"] == 4
     assert set(header["settings"]) == {
         *("bits_k", "bits_v", "sink_tokens", "residual_window", "cache_strategy", "codec", "rotation"),
         *("scale", "seed", "backend", "device", "check_finite"),

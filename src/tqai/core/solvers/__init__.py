@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tqai.core.codebook import solved_codebook
+from tqai.core.codebook import optimal_codebook
 from tqai.core.solvers.evolution import solve_cmaes
 from tqai.core.solvers.fuzzy import solve_fuzzy
 from tqai.core.solvers.levels import Levels, levels_of
@@ -51,7 +51,7 @@ def solve_codebook(d: int, bits: int, solver: str = "auto", objective: str = "ms
         raise ConfigError(f"solver={solver!r}: allowed are {', '.join(SOLVERS)}")
     if objective not in OBJECTIVES:
         raise ConfigError(f"objective={objective!r}: allowed are {', '.join(OBJECTIVES)}")
-    start = solved_codebook(d, bits)
+    start = optimal_codebook(d, bits)
     allowed = {"cmaes": ("max_generations", "n_samples", "seed"), "fuzzy": ("cooling", "steps")}.get(
         solver, ()
     )

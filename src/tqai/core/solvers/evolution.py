@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from tqai.core.codebook import solved_codebook
+from tqai.core.codebook import optimal_codebook
 from tqai.core.solvers.objectives import SAMPLED_KEYS, objective_value
 from tqai.errors import ConfigError, UnsupportedError
 
@@ -48,7 +48,7 @@ def solve_cmaes(
         import cma
     except ImportError as error:
         raise UnsupportedError("solver='cmaes' needs the package cma: pip install 'tqai[solvers]'") from error
-    start = solved_codebook(d, bits).centroids[2 ** (bits - 1) :]
+    start = optimal_codebook(d, bits).centroids[2 ** (bits - 1) :]
 
     def fitness(logs: NDArray[np.floating]) -> float:
         half = np.cumsum(np.exp(logs))

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tqai.config import MAX_BITS
-from tqai.core.codebook import SHIPPED_HEAD_DIMS, TABLE_FILE
-from tqai.core.lloyd_max import solve
+from tqai.core.codebook import SHIPPED_HEAD_DIMS, TABLE_FILE, solved_half
 
 
 def main(path: Path) -> None:
@@ -21,12 +20,15 @@ def main(path: Path) -> None:
     for head_dim in SHIPPED_HEAD_DIMS:
         tables[str(head_dim)] = {}
         for bits in range(1, MAX_BITS + 1):
-            half = solve(head_dim, bits)
+            half = solved_half(head_dim, bits)
             tables[str(head_dim)][str(bits)] = {
                 "mse_per_unit_vector": half.mse_per_unit_vector,
                 "centroids": [float(level).hex() for level in half.centroids],
             }
-    note = "Lloyd-Max levels, positive half, of one coordinate of a uniformly random unit vector"
+    note = (
+        "Lloyd-Max levels, positive half, of one coordinate of a uniformly random unit vector; "
+        "up to 4 bits whole multiples, at most 127, of a step"
+    )
     path.write_text(json.dumps({"note": note, "head_dims": tables}, indent=1) + "\n", encoding="utf-8")
 
 
