@@ -2,6 +2,7 @@
 
 #include "device.cuh"
 #include "codes.cuh"
+#include "decode_rows.cuh"
 
 // Code i of register r, out of the words of one lane of a unit.
 template <int BITS>
@@ -22,7 +23,7 @@ __device__ __forceinline__ u32 code_of(const u32* w, int r, int i) {
 
 template <int D, int BITS, int ROUNDS, bool VALUES>
 __device__ void decode_side(const Side& s, const u8* codes, const u16* scales, u8* smem, int out_dtype, int back) {
-    constexpr int PITCH = D + 1;
+    constexpr int PITCH = ROW_PITCH(D);
     float* rows = (float*)smem;
     float* levels = rows + 64 * PITCH;
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
@@ -50,23 +51,7 @@ __device__ void decode_side(const Side& s, const u8* codes, const u16* scales, u
             }
     }
     __syncthreads();
-    for (int token = warp; token < PAGE_TOKENS; token += CODE_WARPS) {
-        float* row = rows + token * PITCH;
-        float v[(D + 31) / 32];
-#pragma unroll
-        for (int i = 0; i < (D + 31) / 32; ++i) v[i] = D % 32 == 0 || lane + 32 * i < D ? row[lane + 32 * i] : 0.0f;
-        if (back) rotate<D, ROUNDS, true>(v, row, s.plan, lane);
-        const float scale = bits_float((u32)scales[token] << 16);
-        const float most = out_dtype == 0 ? 65504.0f : out_dtype == 1 ? bits_float(0x7f7f0000u) : bits_float(0x7f7fffffu);
-#pragma unroll
-        for (int i = 0; i < (D + 31) / 32; ++i) {
-            const int d = lane + 32 * i;
-            float y = v[i] * scale;
-            if (y > most) y = most;
-            if (y < -most) y = -most;
-            if (D % 32 == 0 || d < D) store_one(s.out, ((i64)blockIdx.x * PAGE_TOKENS + token) * D + d, y, out_dtype);
-        }
-    }
+    give_rows<D, ROUNDS>(s, rows, scales, out_dtype, back, warp, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(CODE_THREADS) tqai_decode(const __grid_constant__ CodeParams p) {

@@ -71,3 +71,23 @@ __device__ __forceinline__ void bring_near(u32 (&word)[ROWS_OF_LANE][W], int lan
     for (int h = 0; h < ROWS_OF_LANE; ++h)
         if (!(n2[h] > 0.0f)) n2[h] = tops[h] < INF ? 1.0f : bits_float(0x7fffffffu);
 }
+
+// Squared norms of the rows, which are brought near 1 where one of the warp's is not.
+template <int W>
+__device__ __forceinline__ void usable_norms2(u32 (&word)[ROWS_OF_LANE][W], int lane, float (&n2)[ROWS_OF_LANE], int& exponent, float& top) {
+    norms2(word, lane, n2);
+    bool ordinary = true;
+#pragma unroll
+    for (int h = 0; h < ROWS_OF_LANE; ++h) ordinary = ordinary && n2[h] > LEAST_NORM2 && n2[h] < MOST_NORM2;
+    if (!__all_sync(FULL, ordinary)) bring_near(word, lane, n2, exponent, top);
+}
+
+// 1 / norm, by one step of Newton's from the fast one, and the norm.
+__device__ __forceinline__ void norms_of(const float (&n2)[ROWS_OF_LANE], float (&inverse)[ROWS_OF_LANE], float (&norm)[ROWS_OF_LANE]) {
+#pragma unroll
+    for (int h = 0; h < ROWS_OF_LANE; ++h) {
+        inverse[h] = rsqrtf(n2[h]);
+        inverse[h] = inverse[h] * fmaf(-0.5f * n2[h] * inverse[h], inverse[h], 1.5f);
+        norm[h] = n2[h] * inverse[h];
+    }
+}

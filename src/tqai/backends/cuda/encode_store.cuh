@@ -28,3 +28,15 @@ __device__ __forceinline__ void put_unit(u8* unit, int lane, const u32 (&word)[S
         }
     }
 }
+
+// All units of a page, from a lane's [unit][step][32] words in shared memory.
+template <int UNITS, int BITS, bool VALUES>
+__device__ __forceinline__ void put_units(u8* codes_out, int lane, const u32* codes) {
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+        u32 word[STEPS];
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) word[step] = codes[(u * STEPS + step) * 32];
+        put_unit<BITS, VALUES>(codes_out + u * (BITS * 128), lane, word);
+    }
+}

@@ -68,11 +68,7 @@ __device__ __forceinline__ void encode_page(Quantizer<D, BITS, VALUES>& q, u64 f
         v.load(rows_here);
         float n2[ROWS_OF_LANE], inverse[ROWS_OF_LANE], norm[ROWS_OF_LANE], top = 1.0f;
         int exponent = 0;
-        norms2(v.word, lane, n2);
-        bool ordinary = true;
-#pragma unroll
-        for (int h = 0; h < ROWS_OF_LANE; ++h) ordinary = ordinary && n2[h] > LEAST_NORM2 && n2[h] < MOST_NORM2;
-        if (!__all_sync(FULL, ordinary)) bring_near(v.word, lane, n2, exponent, top);
+        usable_norms2(v.word, lane, n2, exponent, top);
         // The vote has waited for all words, so their place is free.
         Rows<D>::fetch(rows, step + 1 < STEPS ? from + (i64)pitch_bytes * (2 * step + 2) : after, pitch_bytes);
         float y[2][HALF / 2];
@@ -87,12 +83,7 @@ __device__ __forceinline__ void encode_page(Quantizer<D, BITS, VALUES>& q, u64 f
             }
             end_products();
         }
-#pragma unroll
-        for (int h = 0; h < ROWS_OF_LANE; ++h) {
-            inverse[h] = rsqrtf(n2[h]);
-            inverse[h] = inverse[h] * fmaf(-0.5f * n2[h] * inverse[h], inverse[h], 1.5f);
-            norm[h] = n2[h] * inverse[h];
-        }
+        norms_of(n2, inverse, norm);
         q.begin(per_unit, inverse, norm);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -104,11 +95,5 @@ __device__ __forceinline__ void encode_page(Quantizer<D, BITS, VALUES>& q, u64 f
         const float fitted = q.fitted(c), own_norm = c & 1 ? norm[1] : norm[0];
         if (c < 2) scales_out[8 * g + 2 * step + c] = scale_bits(least_squares ? fitted : own_norm, exponent, top);
     }
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-        u32 word[STEPS];
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) word[step] = codes[(u * STEPS + step) * 32];
-        put_unit<BITS, VALUES>(codes_out + u * (BITS * 128), lane, word);
-    }
+    put_units<U, BITS, VALUES>(codes_out, lane, codes);
 }
