@@ -22,6 +22,8 @@ import sys
 import time
 import traceback
 import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from provenance import ROOT
 from quality_settings import QUICK, Study
 
 RESULT = ROOT / "benchmarks" / "results" / "quality.json"
+PEER_KINDS = ("fp8", "quanto", "hqq")
 PLOT = ROOT / "docs" / "images" / "quality.svg"
 
 
@@ -44,9 +47,10 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", help="these models alone")
     parser.add_argument("--copies", nargs="*", help="these copies alone")
     parser.add_argument("--kinds", nargs="*", help="these kinds of task alone: copy, size, kl, retrieval")
-    parser.add_argument("--caches", nargs="*", help="these caches alone, as main settings")
+    parser.add_argument("--caches", nargs="*", help="these caches alone; ours as main settings")
     parser.add_argument("--seeds", type=int, nargs="*", help="these seeds alone")
     parser.add_argument("--documents", type=int, nargs="*", help="these documents alone, counted from 0")
+    parser.add_argument("--commit", help="to note where there is no git checkout")
     parser.add_argument("--output", type=Path, help=f"JSON file (default {RESULT.relative_to(ROOT)})")
     arguments = parser.parse_args()
     study = _study(arguments)
@@ -74,7 +78,9 @@ def _study(arguments: argparse.Namespace) -> Study:
     if arguments.copies:
         changes["copies"] = tuple(arguments.copies)
     if arguments.caches:
-        changes |= {"main": tuple(arguments.caches), "others": (), "peers": ()}
+        peers = tuple(spec for spec in arguments.caches if spec.partition("-")[0] in PEER_KINDS)
+        main = tuple(spec for spec in arguments.caches if spec not in peers)
+        changes |= {"main": main, "others": (), "peers": peers}
     if arguments.seeds:
         changes["seeds"] = tuple(arguments.seeds)
     if arguments.documents:
@@ -95,7 +101,8 @@ def measure(study: Study, arguments: argparse.Namespace) -> list[dict[str, Any]]
     backend = arguments.backend or (None if arguments.device == "cpu" else "torch")
     crew = [
         context.Process(
-            target=_work, args=(index, tasks, following, study, arguments.device, backend, end, folder)
+            target=_work,
+            args=(index, tasks, following, study, arguments.device, backend, end, folder, arguments.commit),
         )
         for index in range(arguments.workers)
     ]
@@ -117,6 +124,7 @@ def _work(
     backend: str | None,
     end: float,
     folder: Path,
+    commit: str | None,
 ) -> None:
     import torch
     from quality_tasks import perform, warm_up
@@ -134,7 +142,7 @@ def _work(
     torch.set_num_threads(1)
     warm_up(device)
     with (folder / f"worker-{os.getpid()}-{index}.jsonl").open("w", encoding="utf-8") as out:
-        out.write(json.dumps({"provenance": _provenance(device, backend)}) + "\n")
+        out.write(json.dumps({"provenance": _provenance(device, backend, commit)}) + "\n")
         while time.time() < end:
             with following.get_lock():
                 number = following.value
@@ -152,12 +160,20 @@ def _work(
             out.flush()
 
 
-def _provenance(device: str, backend: str | None) -> dict[str, Any]:
+def _provenance(device: str, backend: str | None, commit: str | None) -> dict[str, Any]:
     import torch
     from provenance import provenance
 
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
-    return {**provenance(), "device": gpu or "cpu", "backend": backend or "the best"}
+    told = provenance()
+    hqq = version("hqq") if find_spec("hqq") else None
+    return {
+        **told,
+        "commit": told["commit"] or commit,
+        "versions": {**told["versions"], "hqq": hqq},
+        "device": gpu or "cpu",
+        "backend": backend or "the best",
+    }
 
 
 def read_parts(folder: Path) -> list[dict[str, Any]]:

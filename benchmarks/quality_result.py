@@ -43,7 +43,8 @@ def merged(study: Study, parts: list[dict[str, Any]]) -> dict[str, Any]:
             elif task["kind"] == "size":
                 sizes[task["model"]][spec] = values
             elif task["kind"] == "kl":
-                runs[task["model"], task["copy"], spec][task["seed"]] = values
+                seeds = runs[task["model"], task["copy"], spec]
+                seeds[task["seed"]] = _joined(seeds.get(task["seed"]), values)
             else:
                 retrieval[task["model"], task["copy"], spec] = values
     quality: dict[str, Any] = {}
@@ -78,6 +79,26 @@ def merged(study: Study, parts: list[dict[str, Any]]) -> dict[str, Any]:
         "peers": against_peers(quality),
         "not_measured": failed,
     }
+
+
+def _joined(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:
+    """Two runs of one cache with one seed as one; documents that both read count as the second has them."""
+    if first is None:
+        return second
+    numbers = _numbers(first), _numbers(second)
+    kept = [i for i, number in enumerate(numbers[0]) if number not in numbers[1]]
+    if not kept:
+        return second
+    shares = len(kept), len(numbers[1])
+    joined = {
+        "documents": [*(numbers[0][i] for i in kept), *numbers[1]],
+        "tokens": first["tokens"] * len(kept) // len(numbers[0]) + second["tokens"],
+    }
+    for name in ("kl_by_document", "nll_by_document"):
+        joined[name] = [*(first[name][i] for i in kept), *second[name]]
+    for name in ("kl_median", "kl_p99", "top1_agreement"):
+        joined[name] = float(np.average([first[name], second[name]], weights=shares))
+    return joined
 
 
 def _row(seeds: dict[int, dict[str, Any]], size: dict[str, Any], resamples: int) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def test_tables_plot_and_the_warning_of_one_pass(tiny_model, tqai_command, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--backend", "mlx"), "--backend mlx"),
+        (("--backend", "nonsense"), "backend='nonsense'"),  # with the default cache, a named preset
+        (("--backend", "nonsense", "--cache", "K4/V2"), "backend='nonsense'"),
         (("--cache", "K4/V2,nonsense=1"), "nonsense"),
         (("--cache", "K9/V9"), "bits_k=9"),
         (("--cache", "zip"), "allowed are dynamic"),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tqai.cli.models import WRONG_USAGE, LoadedModel, load_model
+from tqai.cli.models import NEEDS_TORCH, WRONG_USAGE, LoadedModel, load_model
 from tqai.cli.options import BackendOption, DeviceOption, DtypeOption, JsonOption, ModelOption
 from tqai.cli.prompts import read_text
 from tqai.cli.report import CommandError, print_json, steps, warn
-from tqai.config import DEFAULT_PRESET
+from tqai.config import DEFAULT_PRESET, FALLBACK_PRESET
 
 __all__ = ["evaluate"]
 
@@ -27,8 +29,8 @@ def evaluate(
             "--cache",
             "-c",
             help="A cache, again for each: K3/V3,codec=trellis,window=128,sinks=4 or quanto-4, hqq-4, fp8, "
-            "dynamic.",
-            show_default=DEFAULT_PRESET,
+            "dynamic; with --backend mlx quantized-4.",
+            show_default=f"{DEFAULT_PRESET}; with --backend mlx {FALLBACK_PRESET}",
         ),
     ] = None,
     model: ModelOption = None,
@@ -80,12 +82,9 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Measure KL, perplexity, agreement and retrieval of compressed caches against the uncompressed one."""
-    if backend == "mlx":
-        raise CommandError(
-            "--backend mlx: models are measured through transformers here, and MLX models are not; allowed "
-            "are the backends of torch tensors (tqai info lists them)",
-            WRONG_USAGE,
-        )
+    mlx = backend == "mlx"
+    if mlx and layers:
+        raise CommandError("--layers: attention outputs of MLX models are not measured", WRONG_USAGE)
     if seeds < 1 or questions < 1 or greedy < 0:
         raise CommandError(
             f"--seeds {seeds} --questions {questions} --greedy {greedy}: allowed are whole numbers from 1 "
@@ -93,11 +92,13 @@ def evaluate(
             WRONG_USAGE,
         )
     written = "".join(read_text(path) for path in text or ())
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, backend)
+    if mlx:
+        loaded = _measurable(loaded)
     from tqai.cli.eval_work import Request, measured
 
     request = Request(
-        caches=tuple(cache or DEFAULT_CACHES),
+        caches=tuple(cache or ((FALLBACK_PRESET,) if mlx else DEFAULT_CACHES)),
         text=written,
         documents=documents,
         document_tokens=document_tokens,
@@ -111,7 +112,7 @@ def evaluate(
         kinds=tuple(kind or ()),
         depths=tuple(depth or ()),
         questions=questions,
-        backend=backend,
+        backend=None if mlx else backend,
     )
     result, points = _measured(loaded, request, measured)
     if plot is not None:
@@ -123,6 +124,20 @@ def evaluate(
         from tqai.cli.eval_tables import print_result
 
         print_result(result)
+
+
+def _measurable(loaded: LoadedModel) -> LoadedModel:
+    """A model of mlx-lm as the measures take it; they compute their figures with torch."""
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        raise CommandError(NEEDS_TORCH)
+    from transformers import AutoConfig
+
+    from tqai import demo
+    from tqai.evaluation.mlx_models import MlxCausalModel
+
+    folder = demo.model_path() if loaded.embedded else Path(loaded.name).expanduser()
+    model = MlxCausalModel(loaded.model.mlx, AutoConfig.from_pretrained(folder))
+    return replace(loaded, model=model)
 
 
 def _measured(loaded: LoadedModel, request: Any, work: Any) -> tuple[dict[str, Any], list[Any]]:
@@ -138,8 +153,6 @@ def _measured(loaded: LoadedModel, request: Any, work: Any) -> tuple[dict[str, A
 
 
 def _draw(points: list[Any], path: Path, name: str) -> None:
-    from importlib.util import find_spec
-
     if find_spec("matplotlib") is None:
         raise CommandError("--plot needs matplotlib: pip install 'tqai[plot]'")
     from tqai.evaluation import plot_kl_against_bits

@@ -25,6 +25,7 @@ from tqai.evaluation import (
     size_at,
     split_documents,
 )
+from tqai.evaluation.caches import is_tqai
 
 __all__ = ["Request", "measured"]
 
@@ -111,8 +112,7 @@ def measured(
 
 def _makers(spec: str, model: Any, request: Request) -> list[CacheMaker]:
     name, settings = parse_spec(spec)
-    ours = name[:1] in ("K", "k")
-    if ours and request.backend is not None and "backend" not in settings:
+    if is_tqai(name) and request.backend is not None and "backend" not in settings:
         spec = f"{spec},backend={request.backend},label={settings.get('label', spec.replace(',', ' '))}"
     return makers_of_seeds(spec, model, request.seeds)
 

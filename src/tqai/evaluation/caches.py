@@ -12,8 +12,9 @@ import torch
 
 from tqai.config import NAMED_PRESETS, PRESETS, CacheConfig
 from tqai.errors import ConfigError, UnsupportedError
+from tqai.evaluation.mlx_models import MlxCausalModel, mlx_cache
 
-__all__ = ["CacheMaker", "cache_maker", "known_caches"]
+__all__ = ["CacheMaker", "cache_maker", "is_tqai", "known_caches"]
 
 _QUANTIZED_BITS = {"quanto": (4, 2), "hqq": (4, 2, 3, 8)}
 _PACKAGES = {"quanto": "optimum.quanto", "hqq": "hqq"}
@@ -26,7 +27,7 @@ class CacheMaker:
 
     Attributes:
         name: what the cache is called in tables, such as "K4/V2" or "quanto-4".
-        family: "dynamic", "quanto", "hqq", "fp8" or "tqai".
+        family: "dynamic", "quanto", "hqq", "fp8", "quantized" (mlx-lm's) or "tqai".
         make: returns a new, empty cache.
         settings: what it is made with, fit for JSON.
     """
@@ -51,11 +52,12 @@ def cache_maker(name: str, model: Any, label: str | None = None, **options: Any)
 
     "dynamic" is transformers' uncompressed `DynamicCache`; "quanto-4", "quanto-2", "hqq-4" and so on
     and "fp8" are transformers' `QuantizedCache` with its own defaults (groups of 64, newest 128 tokens
-    exact); the presets of tqai ("K4/V2", ...) are `TurboQuantCache` attending on its codes.
+    exact); the presets of tqai ("K4/V2", ...) are `TurboQuantCache` attending on its codes. For a model of
+    mlx-lm there are its own caches instead (`mlx_models.mlx_cache`), and those of tqai.
 
     Args:
         name: one of `known_caches()`, or bits that no preset has, such as "K5/V2".
-        model: a transformers causal language model.
+        model: a transformers causal language model, or an `MlxCausalModel`.
         label: what to call it in tables, instead of the name.
         options: for tqai, fields of `CacheConfig` (`sink_tokens`, `residual_window`, `seed`, ...); for
             quanto and hqq, arguments of `QuantizedCache` (`residual_length`, `q_group_size`, ...).
@@ -65,6 +67,8 @@ def cache_maker(name: str, model: Any, label: str | None = None, **options: Any)
         UnsupportedError: the package that the cache needs is not installed, or too old.
     """
     called = label if label is not None else name
+    if isinstance(model, MlxCausalModel):
+        return _of_mlx(name, model, label, options)
     kind, _, bits = name.partition("-")
     if name == "dynamic":
         _refuse_options(name, options)
@@ -76,17 +80,36 @@ def cache_maker(name: str, model: Any, label: str | None = None, **options: Any)
         settings = {"nbits": int(bits), "q_group_size": 64, "residual_length": 128, **options}
         _require_package(kind)
         return CacheMaker(called, kind, _quantized(kind, model, settings), settings)
+    config = _config(name, options)
+    if config is None:
+        raise ConfigError(f"cache={name!r}: allowed are {', '.join(known_caches())}")
+    return CacheMaker(label or config.label, "tqai", _turboquant(model, config), config.to_dict())
+
+
+def is_tqai(name: str) -> bool:
+    """Whether `cache_maker` makes a cache of tqai of this name."""
+    return _config(name, {}) is not None
+
+
+def _config(name: str, options: dict[str, Any]) -> CacheConfig | None:
+    """The configuration of a cache of tqai by name; None if no preset is called so."""
     bits_of = _ANY_BITS.fullmatch(name)
+    if bits_of is not None:
+        return CacheConfig.from_dict({"bits_k": int(bits_of[1]), "bits_v": int(bits_of[2]), **options})
     try:
-        if bits_of is not None:
-            config = CacheConfig.from_dict({"bits_k": int(bits_of[1]), "bits_v": int(bits_of[2]), **options})
-        else:
-            config = CacheConfig.preset(name, **options)
+        return CacheConfig.preset(name, **options)
     except ConfigError as error:
         if "preset=" in str(error):
-            raise ConfigError(f"cache={name!r}: allowed are {', '.join(known_caches())}") from error
+            return None
         raise
-    return CacheMaker(label or config.label, "tqai", _turboquant(model, config), config.to_dict())
+
+
+def _of_mlx(name: str, model: MlxCausalModel, label: str | None, options: dict[str, Any]) -> CacheMaker:
+    config = _config(name, options)
+    if config is None:
+        _refuse_options(name, options)
+    family, make, settings = mlx_cache(name, model, config)
+    return CacheMaker(label or (config.label if config else name), family, make, settings)
 
 
 def _dynamic(model: Any) -> Callable[[], Any]:

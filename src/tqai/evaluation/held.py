@@ -3,7 +3,8 @@
 No cache is asked for its size. Every tensor reachable from the object is opened down to its storages
 (a quantized tensor of optimum-quanto is a shell around packed codes, scales and shifts), each storage
 is counted once and whole, so that buffers with room to spare and views into larger buffers count for
-what they occupy. numpy arrays count likewise.
+what they occupy. numpy arrays count likewise; of an array of MLX, which does not show its storage, its own
+bytes.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ def held_bytes(cache: Any, constants: bool = False) -> int:
                 count(("cpu", owner.__array_interface__["data"][0]), owner.nbytes)
             else:
                 pending.append(owner)
+            continue
+        if type(item).__module__ == "mlx.core" and type(item).__name__ == "array":
+            count(("mlx", id(item)), item.nbytes)
             continue
         if isinstance(item, bytearray):
             count(("bytearray", id(item)), len(item))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tqai.config import CacheConfig
 from tqai.evaluation.chunked import run_tokens
+from tqai.evaluation.mlx_models import MlxCausalModel
 
 __all__ = ["fill_from", "fork_cache", "prefill_caches"]
 
@@ -25,14 +26,19 @@ def prefill_caches(model: Any, input_ids: Tensor, makers: Sequence[Callable[[], 
     """A new cache of each maker, filled with `input_ids` `[batch, tokens]`.
 
     One forward pass serves all where every layer of the model is full attention, but for caches that look
-    at queries; otherwise each cache gets a pass of its own. With no tokens the caches stay empty.
+    at queries; otherwise (and for a model of mlx-lm) each cache gets a pass of its own. With no tokens the
+    caches stay empty.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
     caches = [make() for make in makers]
     if not input_ids.shape[1]:
         return caches
+    if isinstance(model, MlxCausalModel):
+        for cache in caches:
+            run_tokens(model, input_ids, cache, last_only=True)
+        return caches
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
     source = DynamicCache(config=model.config)
     if any(type(layer) is not DynamicLayer for layer in source.layers):
         for cache in caches:
