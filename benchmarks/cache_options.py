@@ -148,7 +148,7 @@ def _exact_error(mean: float) -> dict[str, float]:
         layer.append(*(part[:, :, :639] for part in step_tokens))
         step = layer.append(*(part[:, :, 639:] for part in step_tokens))
         count = step.recent.keys.shape[2]
-        only_exact = type(step)(step.backend, None, None, step.recent, 1, step.offsets)
+        only_exact = type(step)(step.serving, None, None, step.recent, 1, step.offsets)
         out = layer.attend(only_exact, query.bfloat16(), None, DIM**-0.5).out.double()
         exact = [part[:, :, -count:].bfloat16().double() for part in true]
         truth = _reference(query.bfloat16(), *exact)

@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tqai.backends import Choice, resolve
+from tqai.backends import resolve
 from tqai.backends.base import ExactTokens
 from tqai.cache.balance import factors, query_energy
 from tqai.cache.checks import check_tokens
@@ -28,7 +28,7 @@ from tqai.cache.offsets import Offsets, estimate
 from tqai.cache.page_format import page_format_for
 from tqai.cache.pages import PagePool
 from tqai.cache.reading import LayerReading
-from tqai.cache.step import Step
+from tqai.cache.step import Serving, Step
 from tqai.cache.window import Window, joined
 from tqai.config import CacheConfig
 from tqai.core.page import PAGE_TOKENS
@@ -71,7 +71,7 @@ class CompressedLayer(LayerReading):
         self.pool: PagePool | None = None
         self.offsets: Offsets | None = None
         self._energy: Tensor | None = None
-        self._choice: Choice | None = None
+        self.serving: Serving | None = None
         self._decoded: ExactTokens | None = None
         if self._plan is not None:
             self._plan.forget()
@@ -160,7 +160,7 @@ class CompressedLayer(LayerReading):
             raise ConfigError(f"device={wanted!r}: the model computes its keys on {str(keys.device)!r}")
         page_format = page_format_for(self.config, keys.shape[3], values.shape[3])
         dtype = str(keys.dtype).removeprefix("torch.")
-        self._choice = resolve(page_format, keys.device.type, dtype, self.config.backend)
+        self.serving = Serving(resolve(page_format, keys.device.type, dtype, self.config.backend))
         self.pool = PagePool(page_format, keys.shape[0], keys.shape[1], keys.device)
         self.window = window if window is not None else self._empty_window(keys, values)
 
@@ -197,7 +197,8 @@ class CompressedLayer(LayerReading):
         recent = self.window.tokens if fits else joined(self.window.tokens, new)
         trimmed = max(history_from - pages * PAGE_TOKENS, 0)
         in_sight = ExactTokens(*(part[:, :, trimmed:] for part in recent)) if trimmed else recent
-        step = Step(self.backend, self.sinks, history, in_sight, keys.shape[2], self.offsets)
+        assert self.serving is not None
+        step = Step(self.serving, self.sinks, history, in_sight, keys.shape[2], self.offsets)
         self.length += keys.shape[2]
         self.settle(recent, fits)
         return step

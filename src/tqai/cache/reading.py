@@ -13,7 +13,7 @@ from tqai.backends.torch_ops.attention import attend as attend_exact
 from tqai.cache.memory import MemoryReport
 from tqai.cache.offsets import Offsets
 from tqai.cache.pages import PagePool
-from tqai.cache.step import Step
+from tqai.cache.step import Serving, Step
 from tqai.cache.window import Window, joined
 from tqai.config import CacheConfig
 from tqai.core.page import PAGE_TOKENS
@@ -34,7 +34,7 @@ class LayerReading:
     pool: PagePool | None
     offsets: Offsets | None
     _energy: Tensor | None
-    _choice: Choice | None
+    serving: Serving | None
     _decoded: ExactTokens | None
 
     @property
@@ -50,8 +50,8 @@ class LayerReading:
     @property
     def backend(self) -> Backend:
         """The backend in use."""
-        assert self._choice is not None
-        return self._choice.backend
+        assert self.serving is not None
+        return self.serving.choice.backend
 
     def attend(
         self,
@@ -103,14 +103,14 @@ class LayerReading:
 
     def view(self) -> Step | None:
         """Everything held, as a step without own tokens; None before the first token."""
-        if self.window is None or self.pool is None:
+        if self.window is None or self.pool is None or self.serving is None:
             return None
         history = self.pool.history() if self.pool.pages else None
-        return Step(self.backend, self.sinks, history, self.window.tokens, 0, self.offsets)
+        return Step(self.serving, self.sinks, history, self.window.tokens, 0, self.offsets)
 
     def memory(self) -> MemoryReport:
         """Bytes that this layer holds."""
-        if self.window is None or self.pool is None or self._choice is None:
+        if self.window is None or self.pool is None or self.serving is None:
             return MemoryReport()
         page_format, pool = self.pool.page_format, self.pool
         heads, batch = pool.kv_heads, pool.table.shape[0]
@@ -132,14 +132,14 @@ class LayerReading:
             copy_bytes=sum(part.nbytes for part in self._decoded or ()),
             layer_bits=() if self.waits else ((self.config.bits_k, self.config.bits_v),),
             backend=self.backend.name,
-            backend_reason=self._choice.reason,
+            backend_reason=self.serving.choice.reason,
         )
 
     def _fall_back(self, error: BackendError) -> None:
-        assert self._choice is not None and self.pool is not None
-        failed, torch_backend = self._choice.backend, load("torch")
+        assert self.serving is not None and self.pool is not None
+        failed, torch_backend = self.serving.choice.backend, load("torch")
         if failed is torch_backend:
             raise error
         logger.warning("backend %s failed (%s); layer %d goes on with torch", failed.name, error, self.layer)
         self.pool.convert(failed, torch_backend)
-        self._choice = Choice(torch_backend, f"{failed.name} failed: {error}")
+        self.serving.choice = Choice(torch_backend, f"{failed.name} failed: {error}")

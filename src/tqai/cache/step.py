@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tqai.backends import Choice
 from tqai.backends.base import Backend, ExactTokens, History
 from tqai.backends.torch_ops.attention import gather_pages
 from tqai.cache.offsets import Offsets
 from tqai.cache.window import joined
 
-__all__ = ["Step"]
+__all__ = ["Serving", "Step"]
+
+
+@dataclass
+class Serving:
+    """The backend that a layer's pages are written for. When it fails and its pages are rewritten for
+    another, steps that are under way read them by that one, too."""
+
+    choice: Choice
 
 
 @dataclass(frozen=True)
@@ -20,12 +29,17 @@ class Step:
     uncompressed, even if the layer has put them into pages since. All three are without `offsets`.
     """
 
-    backend: Backend
+    serving: Serving
     sinks: ExactTokens | None
     history: History | None
     recent: ExactTokens
     new_tokens: int
     offsets: Offsets | None = None
+
+    @property
+    def backend(self) -> Backend:
+        """The backend in use."""
+        return self.serving.choice.backend
 
     @property
     def tokens(self) -> int:

@@ -184,14 +184,14 @@ class _GraphLayer(TurboQuantLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         window, offsets = self.store.window, self.store.offsets
-        assert window is not None
+        assert window is not None and self.store.serving is not None
         new = ExactTokens(key_states, value_states)
         if offsets is not None:
             new = offsets.taken_off(new)
         window.keys.index_copy_(2, self._graph._fill, new.keys)
         window.values.index_copy_(2, self._graph._fill, new.values)
         recent = ExactTokens(window.keys, window.values)
-        step = Step(self.store.backend, self.store.sinks, self._history, recent, 1, offsets)
+        step = Step(self.store.serving, self.store.sinks, self._history, recent, 1, offsets)
         pair: Any = KeyValuePair(self, step)
         return tuple(pair.handles())
 
