@@ -8,8 +8,6 @@ import pytest
 pytest.importorskip("triton")
 
 from tqai.backends.triton.planes import plain_rows, plane_rows, plane_widths
-from tqai.backends.triton.polynomial import level_polynomial
-from tqai.core.codec import CodecSpec, make_codec
 from tqai.core.packing import pack, packed_bytes
 
 
@@ -32,12 +30,3 @@ def test_three_bits_are_two_and_one():
     assert row[5 * 2 // 8] == 0b10 << 2
     assert row[16] == 1 << 5
     assert row.sum() == (0b10 << 2) + (1 << 5)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
-def test_polynomial_passes_through_the_levels(dim, bits):
-    centroids = make_codec(CodecSpec("scalar", dim, bits)).tables()["centroids"]
-    x = np.arange(2**bits) - (2**bits - 1) / 2
-    made = sum(c * x ** (2 * i + 1) for i, c in enumerate(level_polynomial(centroids)))
-    assert np.abs(made - centroids).max() / centroids.max() < (1e-4 if bits == 4 else 1e-7)

@@ -81,22 +81,20 @@ def attend_pages(
         shape: dict[str, Any] = {
             "DK": dim, "DV": value_dim, "ROWS": row_tile, **flags,
             "BITS_K": page_format.key.spec.bits, "BITS_V": value_bits,
+            "WORDS_K": key.words, "WORDS_V": value.words,
         }  # fmt: skip
         grid = (segments, splits)
         arrays = (history.addresses, history.addresses.stride(0), rotated, norms, masked, partial, stats)
         if sliced:
             options: dict[str, int] = {"num_warps": warps, "num_stages": STAGES}
-            if warps == 1 and key.instructions is not None:
-                options["maxnreg"] = REGISTERS
             slice_kernels.attend_sliced[grid](
                 *arrays, *places, key.unit, value.unit, **shape,
                 SK=SLICES[shape["BITS_K"]], SV=SLICES[shape["BITS_V"]],
-                LEVELS_K=key.half, LEVELS_V=value.half, PTX_K=key.instructions, PTX_V=value.instructions,
                 CUT=history.first_token > 0, **options,
             )  # fmt: skip
         else:
             attention_kernels.attend_split[grid](
-                *arrays, key.centroids, value.centroids, *places, *key.polynomial, *value.polynomial, **shape,
+                *arrays, key.centroids, value.centroids, *places, key.unit, value.unit, **shape,
                 DKP=padded(dim), DVP=padded(value_dim), num_stages=1,
             )  # fmt: skip
     columns = min(COLUMNS, padded(value_dim))

@@ -45,18 +45,8 @@ def attend_split(
     m_t,
     m_k,
     softcap,
-    ka,
-    kb,
-    kc,
-    kd,
-    ke,
-    kf,
-    va,
-    vb,
-    vc,
-    vd,
-    ve,
-    vf,
+    key_unit,
+    value_unit,
     DK: tl.constexpr,
     DV: tl.constexpr,
     DKP: tl.constexpr,
@@ -64,6 +54,8 @@ def attend_split(
     ROWS: tl.constexpr,
     BITS_K: tl.constexpr,
     BITS_V: tl.constexpr,
+    WORDS_K: tl.constexpr,
+    WORDS_V: tl.constexpr,
     MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
@@ -79,7 +71,7 @@ def attend_split(
     # the queries come rotated and divided by their norms, float16 `[segments, rows, DK]`
     q_at = (tl.program_id(0) * rows + row)[:, None] * DK + dk[None, :]
     q = tl.load(query + q_at, mask=real[:, None] & (dk[None, :] < DK), other=0.0)
-    most = tl.load(norms + tl.program_id(0) * rows + row, mask=real, other=0.0)
+    most = tl.load(norms + tl.program_id(0) * rows + row, mask=real, other=0.0) * key_unit
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DVP), tl.float32)
@@ -87,8 +79,8 @@ def attend_split(
         page = tl.load(addresses + batch * address_stride + index) + head.to(tl.int64) * page_bytes
         page = tl.multiple_of(page, 16).to(tl.pointer_type(tl.uint8))
         code = codes_of(page, token, DK, DKP, BITS_K)
-        k = levels_of(code, table_k, BITS_K, ka, kb, kc, kd, ke, kf)
-        k = tl.where(dk[None, :] < DK, k, 0.0).to(tl.float16)
+        k = levels_of(code, table_k, BITS_K, WORDS_K)
+        k = tl.where(dk[None, :] < DK, k, 0).to(tl.float16)
         logits = tl.dot(q, tl.trans(k)) * most[:, None] * scales_of(page, key_scales_at, token)[None, :]
         logits = capped(logits, SOFTCAP, softcap)
         position = index * PAGE_TOKENS + token
@@ -107,10 +99,11 @@ def attend_split(
         largest = tl.max(weight, 1)
         unit = tl.where(largest > 0.0, largest, 1.0)
         code = codes_of(page + value_codes_at, token, DV, DVP, BITS_V)
-        v = levels_of(code, table_v, BITS_V, va, vb, vc, vd, ve, vf).to(tl.float16)
+        v = levels_of(code, table_v, BITS_V, WORDS_V).to(tl.float16)
         part = tl.dot((weight / unit[:, None]).to(tl.float16), v) * unit[:, None]
         acc = acc * fade[:, None] + part
         top = higher
+    acc *= value_unit
     place = (tl.program_id(0) * splits + split) * ROWS + row
     tl.store(partial + place[:, None] * DV + dv[None, :], acc, mask=real[:, None] & (dv[None, :] < DV))
     tl.store(stats + place * 2, top, mask=real)

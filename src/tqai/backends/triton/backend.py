@@ -18,6 +18,7 @@ from tqai.backends.triton.attention import attend_pages
 from tqai.backends.triton.order import ordered_pages, plain_pages
 from tqai.backends.triton.slices import SLICES, is_sliced
 from tqai.backends.triton.tables import padded, precision, tables
+from tqai.backends.triton.whole_levels import MOST_BITS, whole_levels
 from tqai.core.codec import Codec
 from tqai.core.page import PAGE_TOKENS, CanonicalPages, PageFormat
 from tqai.errors import BackendError
@@ -66,6 +67,8 @@ class TritonBackend:
                 return (
                     f"head_dim {spec.head_dim} of {what} is no multiple of {UNIT_DIMS} up to {MAX_HEAD_DIM}"
                 )
+            if spec.bits <= MOST_BITS and whole_levels(codec.tables()["centroids"]) is None:
+                return f"the levels of {what} are no whole numbers of a byte"
         return None
 
     def encode(self, keys: Tensor, values: Tensor, page_format: PageFormat, out: Tensor) -> None:

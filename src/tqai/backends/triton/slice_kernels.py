@@ -11,7 +11,7 @@ Tokens and coordinates are the long side of the products, and the rows (queries 
 import triton
 import triton.language as tl
 
-from tqai.backends.triton.unpack import capped, scales_of
+from tqai.backends.triton.unpack import capped, levels_of, scales_of
 
 __all__ = ["attend_sliced"]
 
@@ -21,68 +21,25 @@ HEADROOM = tl.constexpr(15.0)  # of a weight in float16: 1 becomes 2^15, the lea
 
 
 @triton.jit
-def _levels(
-    low,
-    top,
-    SLICES: tl.constexpr,
-    BITS: tl.constexpr,
-    COEFFICIENTS: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Levels of all slices over the outermost, float16, of words int16; `top` serves 3 bits alone."""
-    if PTX is not None and BITS == 4:
-        return tl.inline_asm_elementwise(
-            PTX[0],
-            "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
-            [low],
-            (tl.float16, tl.float16, tl.float16, tl.float16),
-            True,
-            4,
-        )
-    else:
-        found = ()
-        for i in tl.static_range(SLICES):
-            found = found + (_levels_of_one(low, top, i, BITS, COEFFICIENTS, PTX),)  # noqa: RUF005
-        return found
-
-
-@triton.jit
-def _levels_of_one(
-    low, top, SLICE: tl.constexpr, BITS: tl.constexpr, COEFFICIENTS: tl.constexpr, PTX: tl.constexpr
-):
-    if PTX is not None:
-        if BITS == 3:
-            return tl.inline_asm_elementwise(PTX[SLICE], "=r,r,r", [low, top], tl.float16, True, 2)
-        return tl.inline_asm_elementwise(PTX[SLICE], "=r,r", [low], tl.float16, True, 2)
+def _levels(low, top, SLICES: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Levels of all slices, float16, of words int32; `top` serves 3 bits alone."""
     WIDTH: tl.constexpr = 4 if BITS == 4 else 2
-    MASK: tl.constexpr = 0x1E if BITS == 4 else 0x6
-    if SLICE == 0:
-        code = (low << 1) & MASK
-    else:
-        code = (low >> (WIDTH * SLICE - 1)) & MASK
-    if BITS == 3:
-        code = code | (((top << 3) >> SLICE) & 8)
-    x = (code | 0x6400).to(tl.float16, bitcast=True)
-    x = x * (1.0 / 2**BITS) - (1023 + 2**BITS) / 2**BITS
-    y = x * x
-    if BITS == 2:
-        p = y * COEFFICIENTS[1] + COEFFICIENTS[0]
-    else:
+    found = ()
+    for i in tl.static_range(SLICES):
+        code = (low >> (WIDTH * i)) & ((1 << WIDTH) - 1)
         if BITS == 3:
-            p = y * COEFFICIENTS[3] + COEFFICIENTS[2]
-        else:
-            p = (y * COEFFICIENTS[4] + COEFFICIENTS[3]) * y + COEFFICIENTS[2]
-        p = (p * y + COEFFICIENTS[1]) * y + COEFFICIENTS[0]
-    return x * p
+            code |= ((top >> i) & 1) << 2
+        found = found + (levels_of(code, None, BITS, WORDS).to(tl.float16),)  # noqa: RUF005
+    return found
 
 
 @triton.jit
 def _words(side, at, BYTES: tl.constexpr, BITS: tl.constexpr):
-    """Words number `at` of both planes of a side, int16; the second is there for 3 bits alone."""
-    low = tl.load(tl.multiple_of(side.to(tl.pointer_type(tl.int16)), 16) + at)
+    """Words number `at` of both planes of a side, int32; the second is there for 3 bits alone."""
+    low = tl.load(tl.multiple_of(side.to(tl.pointer_type(tl.uint16)), 16) + at).to(tl.int32)
     if BITS == 3:
         start = tl.multiple_of((side + BYTES).to(tl.pointer_type(tl.uint8)), 16)
-        return low, tl.load(start + at).to(tl.int16)
+        return low, tl.load(start + at).to(tl.int32)
     return low, low
 
 
@@ -123,10 +80,8 @@ def attend_sliced(
     CUT: tl.constexpr,
     MASKED: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    LEVELS_K: tl.constexpr,
-    LEVELS_V: tl.constexpr,
-    PTX_K: tl.constexpr,
-    PTX_V: tl.constexpr,
+    WORDS_K: tl.constexpr,
+    WORDS_V: tl.constexpr,
 ):
     """One program: one sequence and KV head, every `splits`-th page. Partial results in the rotated space."""
     JK: tl.constexpr = DK // SK
@@ -156,7 +111,7 @@ def attend_sliced(
         page = tl.load(addresses + batch * address_stride + index) + head.to(tl.int64) * page_bytes
         low, high = _words(page, token[:, None] * JK + jk[None, :], 64 * DK * 2 // 8, BITS_K)
         logits = tl.zeros((PAGE_TOKENS, ROWS), tl.float32)
-        levels = _levels(low, high, SK, BITS_K, LEVELS_K, PTX_K)
+        levels = _levels(low, high, SK, BITS_K, WORDS_K)
         for i in tl.static_range(SK):
             logits = tl.dot(levels[i], q[i], logits)
         logits = logits * factor[None, :] * scales_of(page, key_scales_at, token)[:, None]
@@ -191,7 +146,7 @@ def attend_sliced(
         weight = weight.to(tl.float16)
         side = page + value_codes_at
         low, high = _words(side, token[None, :] + jv[:, None] * PAGE_TOKENS, 64 * DV * 2 // 8, BITS_V)
-        found = _levels(low, high, SV, BITS_V, LEVELS_V, PTX_V)
+        found = _levels(low, high, SV, BITS_V, WORDS_V)
         kept = acc
         acc = ()
         for i in tl.static_range(SV):

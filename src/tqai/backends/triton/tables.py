@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 
 import torch
 
-from tqai.backends.triton.pairs import four_instructions, pair_instructions
-from tqai.backends.triton.polynomial import HALF_COEFFICIENTS, half_polynomial, level_polynomial
-from tqai.backends.triton.slices import SLICES
+from tqai.backends.triton.whole_levels import whole_levels
 from tqai.core.codec import CodecSpec, make_codec
 
 __all__ = ["Tables", "padded", "precision", "tables"]
@@ -19,10 +16,8 @@ class Tables:
     """A codec's arrays on a device: `forward` is R transposed, `back` is R, both for row vectors.
 
     Attributes:
-        polynomial: of the levels in float32 (`polynomial.level_polynomial`).
-        half: of the levels over `unit`, the outermost, in float16; () for more than 4 bits and for 1.
-        instructions: the same in PTX (`pairs`; 4 bits: all slices, else one each), or None where that is no
-            NVIDIA GPU.
+        words: of the levels as whole numbers (`whole_levels`); (0, 0) for more than 4 bits.
+        unit: what levels are multiples of; 1 for more than 4 bits.
     """
 
     def __init__(self, spec: CodecSpec, device: torch.device) -> None:
@@ -32,28 +27,14 @@ class Tables:
         arrays = codec.tables()
         self.centroids = torch.from_numpy(arrays["centroids"].copy()).to(device)
         self.boundaries = torch.from_numpy(arrays["boundaries"].copy()).to(device)
-        self.polynomial = level_polynomial(arrays["centroids"])
-        self.unit = float(arrays["centroids"][-1])
-        self.half: tuple[float, ...] = ()
-        self.instructions: tuple[str, ...] | None = None
-        if spec.bits in HALF_COEFFICIENTS:
-            self.half = half_polynomial(codec)
-            if device.type == "cuda" and torch.version.cuda is not None and _pairs_wanted():
-                if spec.bits == 4:
-                    self.instructions = (four_instructions(self.half),)
-                else:
-                    self.instructions = pair_instructions(self.half, spec.bits, SLICES[spec.bits])
+        levels = whole_levels(arrays["centroids"])
+        self.words, self.unit = ((0, 0), 1.0) if levels is None else (levels.words, levels.unit)
 
 
 @lru_cache(maxsize=64)
 def tables(spec: CodecSpec, device: torch.device) -> Tables:
     """The tables of a codec on a device, made once."""
     return Tables(spec, device)
-
-
-def _pairs_wanted() -> bool:
-    # TQAI_TRITON_PTX=0 tries the portable form on an NVIDIA GPU
-    return os.environ.get("TQAI_TRITON_PTX", "1") != "0"
 
 
 def precision() -> str:

@@ -1,7 +1,6 @@
 """What the Triton kernels share: codes, levels and scales out of a page.
 
-Levels are computed where that is exact: an odd polynomial of the code passes through all levels of 1, 2 and
-3 bits, and within 1e-4 of those of 4 bits (`polynomial.py`); more bits read a table.
+Levels of up to 4 bits are whole numbers, read out of registers; more bits read a table in memory.
 """
 
 # mypy: ignore-errors
@@ -81,19 +80,19 @@ def codes_of(side, token, DIM: tl.constexpr, DIMP: tl.constexpr, BITS: tl.conste
 
 
 @triton.jit
-def levels_of(code, table, BITS: tl.constexpr, c0, c1, c2, c3, c4, c5):
-    """Centroids of codes, float32."""
+def levels_of(code, table, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Levels of codes int32: for up to 4 bits whole numbers (`whole_levels.py`), else centroids, float32."""
     if BITS > 4:
         return tl.load(table + code)
-    x = code.to(tl.float32) - ((1 << BITS) - 1) * 0.5
-    y = x * x
-    if BITS == 1:
-        return c0 * x
-    if BITS == 2:
-        return x * (c0 + c1 * y)
-    if BITS == 3:
-        return x * (c0 + y * (c1 + y * (c2 + y * c3)))
-    return x * (c0 + y * (c1 + y * (c2 + y * (c3 + y * (c4 + y * c5)))))
+    HALF: tl.constexpr = 1 << (BITS - 1)
+    positive = code >= HALF
+    index = tl.where(positive, code - HALF, HALF - 1 - code)
+    if BITS == 4:
+        word = tl.where(index >= 4, WORDS[1], WORDS[0])
+        size = (word >> ((index & 3) * 8)) & 0x7F
+    else:
+        size = (WORDS[0] >> (index * 8)) & 0x7F
+    return tl.where(positive, size, -size)
 
 
 @triton.jit
