@@ -110,12 +110,6 @@ static float warp_maximum(unsigned x) {
     for (int i = 0; i < 32; ++i) most = all[i].word[0] > most ? all[i].word[0] : most;
     return __uint_as_float(most);
 }
-static int warp_sum(int x) {
-    const Given* all = meet({{(unsigned)x}});
-    unsigned sum = 0;
-    for (int i = 0; i < 32; ++i) sum += all[i].word[0];
-    return (int)sum;
-}
 // m16n8k32 or, with WIDE 0, m16n8k16 of bytes: who holds what is in the PTX manual.
 template <bool WIDE, bool UNSIGNED_B>
 static void multiply(int (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {

@@ -21,7 +21,6 @@ BODIES = {
     ),
     "max_nan": "return a != a || b != b ? __uint_as_float(0x7fffffffu) : a > b ? a : b;",
     "max_of_warp": "return warp_maximum(__float_as_uint(absolute));",
-    "sum_of_warp": "return warp_sum(n);",
     "exp2_fast": "return exp2f(x);",
     "rcp_fast": "return 1.0f / x;",
     "shared_address": "return (u32)((const u8*)p - blocks[block_number()].shared);",

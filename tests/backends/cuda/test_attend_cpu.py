@@ -22,7 +22,7 @@ from tqai.backends.cuda.plan import Shape
 from tqai.core.codec import CodecSpec, make_codec
 from tqai.core.page import CanonicalPages, PageFormat
 
-BOUND = 2e-3
+BOUND = 5e-4
 SMALL = Shape(2, 2)
 
 
@@ -243,7 +243,7 @@ def test_nan_in_a_query_or_a_page_shows_and_nowhere_else(gpu):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "dim"), [((3, 4), 80), ((8, 1), 64)])
+@pytest.mark.parametrize(("bits", "dim"), [((3, 4), 80), ((8, 8), 64), ((2, 1), 64)])
 def test_widths(gpu, bits, dim):
     check(make_case(bits, dim, pages=5), splits=2, cluster=False)
 
@@ -256,4 +256,4 @@ def test_mask_and_softcap(gpu):
     mask[0, 0, 1] = False
     case.recent.values[:, :, 4] = math.nan
     mask[..., 3 + 4 * 64 - 9 + 4] = False
-    check(case, mask, mask=mask, softcap=20.0, splits=2, cluster=False, bound=4e-3)
+    check(case, mask, mask=mask, softcap=20.0, splits=2, cluster=False, bound=1e-3)

@@ -122,7 +122,8 @@ def test_tensor_cores_encode_alike(cuda_backend, pages, heads, bits_k, bits_v, d
     found, wanted = (torch.full(size, 0xFF, dtype=torch.uint8, device="cuda") for _ in range(2))
     encode_with_tensor_cores(*sides, page_format, found[:-1], form)
     encode_generally(*sides, page_format, wanted[:-1])
-    assert (found != wanted).float().mean().item() < 1e-4
+    # of coordinates at a boundary, a few in a million; of one page there may be one or two
+    assert (found != wanted).sum().item() <= max(2, 1e-4 * found.numel())
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -87,7 +87,7 @@ def test_kernels_unpack_the_level_of_each_code(dim, bits, values):
     tables = levels.permute_tables() if bits < 8 else None
     lookup = levels.lookup().astype(np.int64) if bits == 8 else None
     a, b = unpacked(words_of(fragment, bits, dim), bits, tables, lookup)
-    made = (a * levels.coef_a + b * levels.coef_b) * levels.unit - levels.kappa
+    made = (a + b * levels.coef_b) * levels.unit
     lane, register, i = np.indices((32, 8, 4))
     g, c = lane // 4, lane % 4
     for unit in range(dim // 16):

@@ -8,8 +8,8 @@ import pytest
 from tqai.backends.cuda.levels import integer_levels
 from tqai.core.codec import CodecSpec, make_codec
 
-# Root mean square error over root mean square centroid; the kernels promise 2e-3 for both sides together.
-BOUNDS = {1: 1e-7, 2: 3e-4, 3: 1.2e-3, 4: 1.2e-3, 8: 5e-5}
+# Root mean square error over root mean square centroid: 16-bit levels of 8 bits, else what float32 leaves.
+BOUNDS = {1: 1e-7, 2: 1e-7, 3: 1e-7, 4: 1e-7, 8: 5e-5}
 
 
 @pytest.mark.parametrize("bits", BOUNDS)
@@ -35,7 +35,6 @@ def test_levels_fit_their_tables(bits):
     levels = integer_levels(make_codec(CodecSpec("scalar", 128, bits)))
     for table in (levels.a, levels.b):
         assert table.min() >= -128 and table.max() <= 127
-    assert max(levels.coef_a, levels.coef_b) == 1.0
     assert (np.diff(levels.values) > 0).all()
 
 

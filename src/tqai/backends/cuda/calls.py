@@ -86,7 +86,7 @@ class Prepared:
                     setattr(self.sizes, f"lut_{side}", self._keep(lookup))
                 else:
                     target.tables[:] = levels.permute_tables()
-                target.coefficients[:] = (levels.coef_a, levels.coef_b, levels.unit, levels.kappa)
+                target.coefficients[:] = (levels.coef_b, levels.unit)
             plan = torch.from_numpy(rotation_plan(codec)).to(device)
             setattr(self.sizes, f"plan_{side}", self._keep(plan))
         self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -109,7 +109,7 @@ class Prepared:
         for (side, codec), form in zip(sides, forms, strict=True):
             entries = torch.from_numpy(table(codec, form).view("int32").copy()).to(self.device)
             setattr(self.sizes, f"lut_{side}", self._keep(entries))
-            getattr(self.sizes, f"levels_{side}").coefficients[:] = (1.0, 0.0, level_unit(codec), 0.0)
+            getattr(self.sizes, f"levels_{side}").coefficients[:] = (0.0, level_unit(codec))
 
     def shape(self, batch: int) -> Shape:
         found = choose_shape(self.format, self.shared_limit, batch, self.table_bytes)

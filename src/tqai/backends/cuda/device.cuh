@@ -69,11 +69,6 @@ __device__ __forceinline__ float max_of_warp(float absolute) {
     asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(most) : "r"(__float_as_uint(absolute)));
     return __uint_as_float(most);
 }
-__device__ __forceinline__ int sum_of_warp(int n) {
-    int sum;
-    asm volatile("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(sum) : "r"(n));
-    return sum;
-}
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 

@@ -1,15 +1,13 @@
-"""Integer levels for the tensor cores, close to the codebook's float32 centroids.
+"""Integer levels for the tensor cores, the codebook's centroids.
 
 The kernels multiply int8. A table gives each code an int8 `a` (and `b`, where there are two tables), and
 
-    (a[code] * coef_a + b[code] * coef_b) * unit  =  centroid[code] + kappa + error
+    (a[code] + b[code] * coef_b) * unit  =  centroid[code] + error
 
-with one constant kappa, which the kernels take off again. The greater of the two coefficients is 1.
-
-    1, 2, 3 bits   one table, on whole or on half numbers
-    4 bits         two tables of 8: the 8 inner codes (4 to 11) and the 8 outer, each with its own step. The
-                   byte permute that reads a table yields 0 or -1 (the sign of the entry at the code's low
-                   three bits) for the codes of the other, which the tables allow for.
+    1 to 4 bits    centroids are whole multiples of a step (`tqai.core.grid`): no error but float32's
+    4 bits         two tables of 8, the 8 inner codes (4 to 11) and the 8 outer, of one step. The byte permute
+                   that reads a table yields 0 or -1 (the sign of the entry at the code's low three bits) for
+                   the codes of the other, which the tables allow for.
     8 bits         16-bit levels: `a` their high and `b` their low byte, both signed
 
 `relative_error` is the root of the expected squared error over the expected squared centroid.
@@ -28,7 +26,10 @@ from tqai.core.codec import Codec
 __all__ = ["Levels", "integer_levels"]
 
 Floats = NDArray[np.float64]
-EVEN_WEIGHT = 1.0
+MOST = 126
+"""A positive level of 4 bits is one more in its table, see `_two_tables`."""
+EXACT = 1e-6
+"""Of the greatest centroid: what float32 leaves of a whole multiple."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +38,14 @@ class Levels:
 
     a: NDArray[np.int64]
     b: NDArray[np.int64]
-    coef_a: float
     coef_b: float
     unit: float
-    kappa: float
     relative_error: float
 
     @property
     def values(self) -> Floats:
         """The level that the kernels use for each code."""
-        return (self.a * self.coef_a + self.b * self.coef_b) * self.unit - self.kappa
+        return (self.a + self.b * self.coef_b) * self.unit
 
     def permute_tables(self) -> tuple[int, int, int, int]:
         """The four 32-bit words of the two tables, for up to 4 bits (8 bits have a table in memory)."""
@@ -80,9 +79,10 @@ def _levels(centroids: tuple[float, ...], dim: int) -> Levels:
     weights = _probabilities(c, dim)
     if len(c) == 256:
         return _wide(c, weights)
-    if len(c) == 16:
-        return _paired(c, weights)
-    return _single(c, weights)
+    whole = _whole(c)
+    a, b = _two_tables(whole) if len(c) == 16 else (whole, np.zeros_like(whole))
+    unit = float(np.sum(weights * whole * c) / np.sum(weights * whole**2))
+    return Levels(a, b, 1.0, unit, _relative(c, weights, whole * unit - c))
 
 
 def _probabilities(centroids: Floats, dim: int) -> Floats:
@@ -99,22 +99,26 @@ def _relative(c: Floats, weights: Floats, errors: Floats) -> float:
     return float(np.sqrt(np.sum(weights * errors**2) / np.sum(weights * c**2)))
 
 
-def _single(c: Floats, weights: Floats) -> Levels:
-    steps = np.linspace(0.45, 1.0, 20001) * 127.4 / c[-1]
-    best: Levels | None = None
-    for half in (0.0, 0.5):
-        whole = np.round(c * steps[:, None] - half)
-        shifted = whole + half
-        unit = np.sum(weights * shifted * c, axis=-1) / np.sum(weights * shifted**2, axis=-1)
-        errors = np.sum(weights * (shifted * unit[:, None] - c) ** 2, axis=-1)
-        k = int(np.argmin(errors))
-        a = whole[k].astype(np.int64)
-        u = float(unit[k])
-        relative = _relative(c, weights, (a + half) * u - c)
-        if best is None or relative < best.relative_error:
-            best = Levels(a, np.zeros_like(a), 1.0, 0.0, u, -half * u, relative)
-    assert best is not None
-    return best
+def _whole(c: Floats) -> NDArray[np.int64]:
+    """The least whole numbers that the centroids are multiples of, of a byte; where there are none (other
+    codebooks than core's), the nearest."""
+    wholes = np.round(c / c[-1] * np.arange(1, MOST + 1)[:, None])
+    errors = np.abs(wholes / np.arange(1, MOST + 1)[:, None] - c / c[-1]).max(axis=-1)
+    exact = np.flatnonzero(errors < EXACT)
+    found: NDArray[np.int64] = wholes[exact[0] if len(exact) else int(np.argmin(errors))].astype(np.int64)
+    return found
+
+
+def _two_tables(whole: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What the tables of the inner and of the outer codes yield for each code."""
+    a, b = np.zeros(16, dtype=np.int64), np.zeros(16, dtype=np.int64)
+    for code in range(16):
+        own, other = (a, b) if 4 <= code < 12 else (b, a)
+        # The other table's entry at the same low three bits has this one's sign: inner 8 to 11 lie beside
+        # outer 0 to 3, so of the other; see `permute_tables`.
+        other[code] = -1 if code >= 8 else 0
+        own[code] = whole[code] - other[code]
+    return a, b
 
 
 def _wide(c: Floats, weights: Floats) -> Levels:
@@ -122,73 +126,4 @@ def _wide(c: Floats, weights: Floats) -> Levels:
     whole = np.round(c / unit).astype(np.int64)
     a = (whole + 128) >> 8
     b = whole - 256 * a
-    return Levels(a, b, 1.0, 1.0 / 256.0, 256.0 * unit, 0.0, _relative(c, weights, whole * unit - c))
-
-
-def _paired(c: Floats, weights: Floats) -> Levels:
-    tops = (126.0 / c[11], 126.0 / c[15])
-    grid = np.linspace(0.5, 1.0, 300)
-    _, step_a, step_b, choice = _search(c, weights, grid * tops[0], grid * tops[1])
-    for finer in (0.004, 0.0002):
-        around = np.linspace(1.0 - finer, 1.0 + finer, 41)
-        near_a, near_b = np.minimum(step_a * around, tops[0]), np.minimum(step_b * around, tops[1])
-        _, step_a, step_b, choice = _search(c, weights, near_a, near_b)
-    kappa = _kappas(step_a, step_b)[choice]
-    a, b = _tables(c, step_a, step_b, kappa)
-    # The mean error must vanish: over many tokens it would not average out, as the rest does.
-    mean = float(np.sum(weights * (a / step_a + b / step_b - c)))
-    made = (a / step_a + b / step_b) - mean
-    # a / step_a + b / step_b = (a * step_b / step_a + b) / step_b
-    return Levels(
-        a, b, float(step_b / step_a), 1.0, float(1.0 / step_b), mean, _relative(c, weights, made - c)
-    )
-
-
-def _kappas(step_a: Floats, step_b: Floats) -> tuple[Floats, ...]:
-    return (-0.5 / step_a, -0.5 / step_b, -0.5 / step_a - 0.5 / step_b, 0.0 * step_a)
-
-
-def _search(
-    c: Floats, weights: Floats, steps_a: Floats, steps_b: Floats
-) -> tuple[float, Floats, Floats, int]:
-    """Least squared error over a grid of steps: (error, step of a, step of b, which kappa)."""
-    sa, sb = np.meshgrid(steps_a, steps_b, indexing="ij")
-    found: list[tuple[float, Floats, Floats, int]] = []
-    for choice, kappa in enumerate(_kappas(sa, sb)):
-        errors = np.zeros_like(sa)
-        for low in range(8):
-            pair = []
-            for code in (low, 15 - low):
-                own, target = _target(code, c, sa, sb, kappa)
-                pair.append(_rounded(code, own * target) / own - target)
-            # Even parts (what opposite levels err by alike) weigh more: they make the mean.
-            errors += weights[low] * (pair[0] ** 2 + pair[1] ** 2 + EVEN_WEIGHT * (pair[0] + pair[1]) ** 2)
-        k = np.unravel_index(int(np.argmin(errors)), errors.shape)
-        found.append((float(errors[k]), sa[k], sb[k], choice))
-    return min(found, key=lambda f: f[0])
-
-
-def _target(code: int, c: Floats, sa: Floats, sb: Floats, kappa: Floats) -> tuple[Floats, Floats]:
-    """Step of the code's own table, and what that table must give for it."""
-    inner = 4 <= code < 12
-    own, other = (sa, sb) if inner else (sb, sa)
-    # The other table's entry at the same low three bits is of the other sign: inner 8..11 lie beside
-    # outer 0..3, inner 4..7 beside outer 12..15; a negative entry there yields -1 here.
-    return own, c[code] + kappa + (1.0 / other if code >= 8 else 0.0)
-
-
-def _rounded(code: int, value: Floats) -> Floats:
-    rounded: Floats = np.clip(np.round(value), *((0.0, 127.0) if code >= 8 else (-128.0, -1.0)))
-    return rounded
-
-
-def _tables(
-    c: Floats, step_a: Floats, step_b: Floats, kappa: Floats
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    a, b = np.zeros(16, dtype=np.int64), np.zeros(16, dtype=np.int64)
-    for code in range(16):
-        own, target = _target(code, c, step_a, step_b, kappa)
-        mine, others = (a, b) if 4 <= code < 12 else (b, a)
-        mine[code] = int(_rounded(code, own * target))
-        others[code] = -1 if code >= 8 else 0
-    return a, b
+    return Levels(a, b, 1.0 / 256.0, 256.0 * unit, _relative(c, weights, whole * unit - c))

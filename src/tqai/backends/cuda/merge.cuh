@@ -9,16 +9,12 @@
 __device__ __forceinline__ void put_slot(const Params& p, const Shared& m, Running& r, u8* buffer, int warp, int lane) {
     const int g = lane >> 2, c = lane & 3;
 #pragma unroll
-    for (int o = 4; o < 32; o *= 2) {
-        r.sum += __shfl_xor_sync(FULL, r.sum, o);
-        r.weight_sum += __shfl_xor_sync(FULL, r.weight_sum, o);
-    }
-    const float less = r.weight_sum * p.levels_v.kappa;
+    for (int o = 4; o < 32; o *= 2) r.sum += __shfl_xor_sync(FULL, r.sum, o);
     float* slot = (float*)buffer + c * SLOT_ROW;
 #pragma unroll
     for (int u = 0; u < V_UNITS; ++u) {
-        slot[r.place(u, 0, g)] = r.out(u, 0) - less;
-        slot[r.place(u, 1, g)] = r.out(u, 1) - less;
+        slot[r.place(u, 0, g)] = r.out(u, 0);
+        slot[r.place(u, 1, g)] = r.out(u, 1);
     }
     if (g == 0) *(float2*)(m.stats + (warp * COLS + c) * 2) = make_float2(r.top, r.sum);
     if (lane == 0) m.flag[4 + warp] = (int)(buffer - m.ring);

@@ -1,12 +1,12 @@
 // One page of one segment by one warp: logits, weights, sums of values. No barrier but the warp's own.
 
-// What a warp has seen so far of a segment, in base 2. `o` has `kappa` still in it; see `settled`.
+// What a warp has seen so far of a segment, in base 2.
 struct Running {
-    float o[V_UNITS][2], top, sum, weight_sum;
+    float o[V_UNITS][2], top, sum;
 
     __device__ __forceinline__ void clear() {
         top = NOTHING;
-        sum = weight_sum = 0.0f;
+        sum = 0.0f;
 #pragma unroll
         for (int u = 0; u < V_UNITS; ++u) o[u][0] = o[u][1] = 0.0f;
     }
@@ -32,12 +32,10 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     const Levels &lk = p.levels_k, &lv = p.levels_v;
     const u32 minus = (u32)(-p.times256 >> 8);
     const u32 own_k = BK == 8 ? own_entries(m.lut_k(), lane) : 0, own_v = BV == 8 ? own_entries(m.lut_v(), lane) : 0;
+    const u32(&second)[K_STEPS][2] = K_FACTORS == 2 ? q.b : q.a;
     int dots[4][4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        dots[j][0] = dots[j][2] = 0;
-        dots[j][1] = dots[j][3] = q.less;
-    }
+    for (int j = 0; j < 4; ++j) dots[j][0] = dots[j][1] = dots[j][2] = dots[j][3] = 0;
 #pragma unroll
     for (int v = 0; v < K_STEPS; ++v) {
         u32 w0[BK], a0[8], b0[8];
@@ -50,13 +48,13 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 mma_s8s8(dots[j], a0[2 * j], a0[2 * j + 1], a1[2 * j], a1[2 * j + 1], q.a[v][0], q.a[v][1]);
-                if (K_TABLES == 2) mma_s8s8(dots[j], b0[2 * j], b0[2 * j + 1], b1[2 * j], b1[2 * j + 1], q.b[v][0], q.b[v][1]);
+                if (K_TABLES == 2) mma_s8s8(dots[j], b0[2 * j], b0[2 * j + 1], b1[2 * j], b1[2 * j + 1], second[v][0], second[v][1]);
             }
         } else {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 mma_s8s8_half(dots[j], a0[2 * j], a0[2 * j + 1], q.a[v][0]);
-                if (K_TABLES == 2) mma_s8s8_half(dots[j], b0[2 * j], b0[2 * j + 1], q.b[v][0]);
+                if (K_TABLES == 2) mma_s8s8_half(dots[j], b0[2 * j], b0[2 * j + 1], second[v][0]);
             }
         }
     }
@@ -115,7 +113,6 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
         float fade = exp2_fast(r.top - most);
         r.top = most;
         r.sum *= fade;
-        r.weight_sum *= fade;
 #pragma unroll
         for (int u = 0; u < V_UNITS; ++u) {
             r.o[u][0] *= fade;
@@ -128,7 +125,6 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
         float e = exp2_fast(fmaf(x[i], unit, -r.top));
         r.sum += e;
         w[i] *= e;
-        r.weight_sum += w[i];
         most = max_nan(most, w[i]);
     }
 #pragma unroll
@@ -138,11 +134,12 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
 
     // Weights as 16-bit integers, in the low half of floats near 2^23; then from "lane 4 g + c has
     // tokens 8 g .. of column c" to "lane 4 n + c has tokens 8 c .. of column and part n".
-    u32 pa[2][2], pb[2][2];
+    u32 pa[2][2], pb_own[2][2];
+    const u32(&pb)[2][2] = V_FACTORS == 2 ? pb_own : pa;
     __syncwarp();
 #pragma unroll
-    for (int t = 0; t < V_TABLES; ++t) {
-        const float f = share * (t == 0 ? lv.coef_a : lv.coef_b);
+    for (int t = 0; t < V_FACTORS; ++t) {
+        const float f = t == 0 ? share : share * lv.coef_b;
         u32 n[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) n[i] = __float_as_uint(fmaf(w[i], f, 8388608.0f));
@@ -154,10 +151,10 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     }
     __syncwarp();
 #pragma unroll
-    for (int t = 0; t < V_TABLES; ++t) {
+    for (int t = 0; t < V_FACTORS; ++t) {
         const u8* pass = scratch + t * PASS_BYTES + ((g & 1) ? 0 : 272) + (c * 4 + (g >> 1)) * 8;
         uint2 lo = *(const uint2*)pass, hi = *(const uint2*)(pass + 128);
-        u32(&to)[2][2] = t == 0 ? pa : pb;
+        u32(&to)[2][2] = t == 0 ? pa : pb_own;
         to[0][0] = lo.x; to[0][1] = lo.y;
         to[1][0] = hi.x; to[1][1] = hi.y;
     }

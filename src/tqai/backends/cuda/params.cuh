@@ -15,6 +15,8 @@
 #define K_STEPS ((K_UNITS + 1) / 2)
 #define K_TABLES (HAS_TWO_TABLES(BK) ? 2 : 1)
 #define V_TABLES (HAS_TWO_TABLES(BV) ? 2 : 1)
+#define K_FACTORS (HAS_TWO_WEIGHTS(BK) ? 2 : 1)  // sets of queries' parts that tables are multiplied by
+#define V_FACTORS (HAS_TWO_WEIGHTS(BV) ? 2 : 1)
 #define V_PAIRS ((DV + 63) / 64)
 #define EXACT_TOKENS 16
 #define NOTHING (-1.0e30f)
@@ -31,7 +33,7 @@
 #else
 #define LUTS (ONE_LUT ? 1 : (BK == 8) + (BV == 8))
 #define LUT_WORDS (LUTS * 8192)
-#define SCRATCH_BYTES (V_TABLES * PASS_BYTES > 4 * (DK > DV ? DK : DV) ? V_TABLES * PASS_BYTES : 4 * (DK > DV ? DK : DV))
+#define SCRATCH_BYTES (V_FACTORS * PASS_BYTES > 4 * (DK > DV ? DK : DV) ? V_FACTORS * PASS_BYTES : 4 * (DK > DV ? DK : DV))
 #endif
 // Whether keys and values of a page are fetched apart (`attend_split.cu`): where a warp has one buffer alone. BULK is
 // what stands in for sm_90.
@@ -103,12 +105,11 @@ struct Shared {
     float* stats;    // [warp][column] (maximum, sum)
     float* queries;  // as given, [COLS][DK]
     float* signs;    // of the Hadamard rotations
-    u8* qbytes;      // [2 tables][column, part][QBYTES_ROW]
+    u8* qbytes;      // [2 factors][column, part][QBYTES_ROW]
     u8* scratch;     // of each warp, SCRATCH_BYTES
     u64* bars;       // [WARPS][BARS]: a page, or keys or values of one, is there
     u64* ready;      // two: queries are there; queries are rotated
     float* colf;     // [COLS] scale of a logit, base 2
-    int* coli;       // [COLS] what to subtract for kappa
     int* flag;       // [4], then where each warp's slot lies
     int* ends;       // [batch + 1], see `attend_line.cu`
 
@@ -124,8 +125,7 @@ struct Shared {
         bars = (u64*)(scratch + WARPS * SCRATCH_BYTES);
         ready = bars + WARPS * BARS;
         colf = (float*)(ready + 2);
-        coli = (int*)(colf + COLS);
-        flag = coli + COLS;
+        flag = (int*)(colf + COLS);
         ends = flag + 4 + WARPS;
     }
     __device__ __forceinline__ const float* plan_k(const Params& p) const { return ROTK ? signs : p.plan_k; }

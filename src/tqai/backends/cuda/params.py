@@ -18,7 +18,7 @@ partial, counters, out, lse; recent, first_token, early, scaling."""
 
 
 class _Levels(ctypes.Structure):
-    _fields_ = [("tables", ctypes.c_uint32 * 4), ("coefficients", ctypes.c_float * 4)]
+    _fields_ = [("tables", ctypes.c_uint32 * 4), ("coefficients", ctypes.c_float * 2)]
 
 
 class _Divisor(ctypes.Structure):

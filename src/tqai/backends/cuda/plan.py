@@ -118,9 +118,9 @@ def attention_shared_bytes(
     of trellis codes."""
     key, value = page_format.key.spec, page_format.value.spec
     steps = (key.head_dim // UNIT_DIMS + 1) // 2
-    value_tables = 2 if value.bits in (4, 8) else 1
+    value_factors = 2 if value.bits == 8 else 1
     warps = shape.warps
-    passed = value_tables * 544
+    passed = value_factors * 544
     if table_bytes is None:
         table_bytes = 32768 * ((key.bits == 8) + (value.bits == 8) - has_one_lookup(page_format))
     else:
@@ -137,7 +137,7 @@ def attention_shared_bytes(
             2 * 8 * (32 * steps + 16),
             warps * max(passed, 4 * key.head_dim, 4 * value.head_dim),
             warps * max(shape.stages, 2) * 8 + 16,
-            COLUMNS * 8,
+            COLUMNS * 4,
             4 * (4 + warps),
             4 * (batch + 1),
         )

@@ -1,6 +1,6 @@
 // The queries of a segment: read, rotated into the space of the keys' codes, cut into two int8 parts.
 //
-//     qbytes   [table][2 * column + part][dimension], part 0 high, part 1 low
+//     qbytes   [factor][2 * column + part][dimension], part 0 high, part 1 low
 
 #include "raw_query.cuh"
 
@@ -24,25 +24,21 @@ __device__ __forceinline__ void take_query(const Params& p, const Shared& m, Raw
     if (!(scale < 1.0e30f)) scale = top > 0.0f ? 1.0e30f : scale;
     const float turned = p.scaling < 0.0f ? -scale : scale;
     constexpr int ROW = 32 * K_STEPS;
-    int sum = 0;
 #pragma unroll
     for (int i = 0; i < ROW / 32; ++i) {
         const float y = i < N ? x[i < N ? i : 0] * turned : 0.0f;
-        sum += __float2int_rn(y);
 #pragma unroll
-        for (int t = 0; t < K_TABLES; ++t) {
-            int n = __float2int_rn(y * (t == 0 ? p.levels_k.coef_a : p.levels_k.coef_b));
+        for (int t = 0; t < K_FACTORS; ++t) {
+            int n = __float2int_rn(t == 0 ? y : y * p.levels_k.coef_b);
             int high = (n + 128) >> 8;
             m.qbytes[(t * 8 + 2 * j) * QBYTES_ROW + lane + 32 * i] = (u8)high;
             m.qbytes[(t * 8 + 2 * j + 1) * QBYTES_ROW + lane + 32 * i] = (u8)(n - high * 256);
         }
     }
-    sum = sum_of_warp(sum);
     if (lane == 0) {
         // NaN or inf among the queries shows in the scale, whatever the integers are.
         float bad = top * 0.0f;
         m.colf[j] = fmaxf(fabsf(p.scaling), 1.0e-30f) * p.levels_k.unit * rcp_fast(scale) + bad;
-        m.coli[j] = -__float2int_rn(p.levels_k.kappa * rcp_fast(p.levels_k.unit) * (float)sum);
     }
     __syncwarp();
     if (lane == 0) arrive(m.ready + 1);
@@ -52,7 +48,6 @@ __device__ __forceinline__ void take_query(const Params& p, const Shared& m, Raw
 struct Query {
     u32 a[K_STEPS][2], b[K_STEPS][2];
     float scale;  // of a logit: to base 2, or, with a soft cap, to the argument of its exponential
-    int less;
 
     __device__ __forceinline__ void load(const Params& p, const Shared& m, int g, int c) {
 #pragma unroll
@@ -60,7 +55,7 @@ struct Query {
             const u32* from = (const u32*)(m.qbytes + g * QBYTES_ROW + 32 * v + 4 * c);
             a[v][0] = from[0];
             a[v][1] = from[4];
-            if (K_TABLES == 2) {
+            if (K_FACTORS == 2) {
                 const u32* second = (const u32*)(m.qbytes + (8 + g) * QBYTES_ROW + 32 * v + 4 * c);
                 b[v][0] = second[0];
                 b[v][1] = second[4];
@@ -71,6 +66,5 @@ struct Query {
 #else
         scale = m.colf[c] * LOG2E;
 #endif
-        less = m.coli[c];
     }
 };

@@ -13,11 +13,11 @@ struct Running {
 #else
     float o[V_UNITS][4];  // dimension of part g 2 u, high and low part of the weights; then dimension 2 u + 1
 #endif
-    float top, sum, weight_sum;
+    float top, sum;
 
     __device__ __forceinline__ void clear() {
         top = NOTHING;
-        sum = weight_sum = 0.0f;
+        sum = 0.0f;
 #pragma unroll
         for (int u = 0; u < V_UNITS; ++u) set(u, 0, 0.0f), set(u, 1, 0.0f);
     }

@@ -2,13 +2,12 @@
 // BITS 32-bit words, which become 8 registers of 4 int8 levels (registers of A fragments of
 // mma.m16n8k32). `layout.py` has the picture; the two are tested against each other.
 //
-// Levels are integers times a unit. One table of int8 is exact enough for 1, 2 and 3 bits. 4 and 8 bits use
-// two tables, `a` and `b`, whose products are weighed apart: level + kappa = (a * coef_a + b * coef_b) * unit.
+// Levels are integers times a unit, of int8 in one table for 1, 2 and 3 bits. 4 and 8 bits use two tables, `a` and
+// `b`: level = (a + b * coef_b) * unit, where coef_b is not 1 for 8 bits alone.
 
 struct Levels {
     u32 a0, a1, b0, b1;        // tables of 8 bytes, for byte permutes
-    float coef_a, coef_b;      // weights of the two tables, the greater is 1
-    float unit, kappa;
+    float coef_b, unit;
 };
 
 // Bytes of a unit: word planes of 16, 8 or 4 bytes per lane, one after the other.
@@ -41,6 +40,7 @@ __device__ __forceinline__ u32 permute(u32 a, u32 b, u32 selector) {
 }
 
 #define HAS_TWO_TABLES(bits) ((bits) == 4 || (bits) == 8)
+#define HAS_TWO_WEIGHTS(bits) ((bits) == 8)
 
 // A lane's entries of a table in shared memory, [code][lane] (8 bits alone): byte 0 for table a, byte 1 for b. The
 // compiler must not see how the address of the first is made, or it computes the others' in three steps, not one.
