@@ -38,7 +38,7 @@ def fed(store, keys, values, chunks):
 
 
 def close_but_for_scales(found, wanted):
-    """Rows `[..., head_dim]` are the same to float32, but one in 200 (one at least) may have the next bfloat16
+    """Rows `[..., head_dim]` are the same to float32, but one in 200 (or one) may have the next bfloat16
     as its scale: least squares of two frameworks fall on either side of the middle between two."""
     far = np.abs(found - wanted) > 2e-6 + 1e-7 * np.abs(wanted)
     rows = far.any(-1)
