@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from provenance import ROOT
+from quality_peers import PEER_KINDS
 from quality_settings import QUICK, Study
 
 RESULT = ROOT / "benchmarks" / "results" / "quality.json"
-PEER_KINDS = ("fp8", "quanto", "hqq")
 PLOT = ROOT / "docs" / "images" / "quality.svg"
 
 

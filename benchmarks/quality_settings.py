@@ -13,7 +13,7 @@ MODELS = {
     "qwen2-6m": ROOT / "benchmarks" / "models" / "qwen2-6m",
 }
 
-PEERS = ("fp8", "quanto-4", "quanto-2", "hqq-4", "hqq-2")
+PEERS = ("fp8", "quanto-4", "quanto-2", "hqq-4", "turboquant-4", "turboquant-3")
 UNIFORM = "codec=trellis,window=128,sinks=4,offsets=auto"
 # Measured with every seed; the others with the first. What single choices cost is told by
 # `quality_choices.py`.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pathological import COPIES, SINK_TOKENS, Copy, largest_difference, make_copy
 from quality_cpu import CPU_SETTINGS
+from quality_peers import turboquant_maker
 from quality_settings import MODELS, Study
 
 from tqai.config import NAMED_PRESETS
@@ -112,7 +113,10 @@ def _makers(
         if ours and of_tokens and device == "cpu":
             more |= CPU_SETTINGS
         try:
-            makers.append(maker_from_spec(spec, model, **more))
+            if name.startswith("turboquant-"):
+                makers.append(turboquant_maker(name))
+            else:
+                makers.append(maker_from_spec(spec, model, **more))
         except Exception as error:  # whatever a foreign package raises is a reason
             refused[spec] = {"not_measured": f"{type(error).__name__}: {error}"}
     return makers, refused
