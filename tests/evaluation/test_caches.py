@@ -76,7 +76,19 @@ def test_a_kernel_that_cannot_be_built_is_said(model, monkeypatch):
         cache_maker("quanto-4", model)
 
 
-@pytest.mark.parametrize("name", ["dynamic", "quanto-4", "quanto-2"])
+def test_fp8_has_a_byte_for_every_number_and_is_read(model, text):
+    from tqai.evaluation import evaluate_quality
+
+    makers = [cache_maker("fp8", model)]
+    assert (makers[0].family, makers[0].settings) == ("fp8", {})
+    report = evaluate_quality(model, [text], makers, 64)["fp8"]
+    assert report.bits_per_value == pytest.approx(8.0, abs=0.01)
+    assert 1e-5 < report.summary.kl_mean.value < 0.1
+    with pytest.raises(ConfigError, match="takes no options"):
+        cache_maker("fp8", model, nbits=4)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "quanto-4", "quanto-2", "fp8"])
 def test_one_pass_fills_a_cache_as_a_pass_of_its_own_would(model, text, quanto, name):
     maker = cache_maker(name, model)
     prompt, rest = text[None, :150], text[None, 150:]
@@ -123,7 +135,7 @@ def test_sliding_layers_get_passes_of_their_own(text):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dynamic", "quanto-4"])
+@pytest.mark.parametrize("name", ["dynamic", "quanto-4", "fp8"])
 def test_a_fork_goes_its_own_way(model, text, quanto, name):
     from tqai.evaluation.prefill import fork_cache
 

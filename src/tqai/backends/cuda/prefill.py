@@ -1,8 +1,9 @@
 """Attention of many new tokens: history decoded tile by tile, tiles merged by their log-sum-exp.
 
 Extra memory: one tile of decoded keys and values, at most `TILE_TOKENS` tokens of every sequence and KV
-head and at most `TILE_BYTES` (but at least one page of each), and, where torch's flash attention cannot
-serve (mask, soft cap), float32 scores of at most `TILE_SCORES` numbers (but at least one page's).
+head and at most `TILE_BYTES` (but at least one page of each); the tile again for every query head of a KV
+head, as flash attention takes it, or, where that cannot serve (mask, soft cap), in float32, with scores
+of at most `TILE_SCORES` numbers (but at least one page's): tests/backends/cuda/test_prefill_cpu.py counts.
 """
 
 from __future__ import annotations
