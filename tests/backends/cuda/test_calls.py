@@ -132,6 +132,27 @@ def test_divisors_and_tables(recorder):
     assert sizes.plan_k != sizes.plan_v
 
 
+@pytest.mark.parametrize(
+    ("bits", "capability", "batch", "pages", "stages"),
+    [
+        ((4, 2), (9, 0), 8, 128, 1),
+        ((4, 2), (9, 0), 8, 127, 2),  # 63 pages for a block
+        ((4, 2), (9, 0), 1, 1024, 1),
+        ((4, 2), (9, 0), 1, 1023, 2),
+        ((4, 2), (8, 0), 8, 512, 2),  # nothing is fetched in halves there
+        ((2, 2), (9, 0), 8, 512, 2),  # too little of the memory's time would be asked for ahead
+        ((4, 4), (9, 0), 20, 512, 2),  # the line of all work, in whole pages
+    ],
+)
+def test_long_stretches_need_one_buffer(recorder, monkeypatch, bits, capability, batch, pages, stages):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    page_format = PageFormat(*(make_codec(CodecSpec("scalar", 128, width)) for width in bits))
+    query, addresses, recent = inputs(batch, pages)
+    attend_pages(query, page_format, addresses, pages, 0.25, recent=recent)
+    (launched,) = recorder.launched
+    assert (launched.form.function.macros["WARPS"], launched.form.function.macros["STAGES"]) == (12, stages)
+
+
 @pytest.mark.parametrize(("at_a_time", "cluster"), [(7, 1), (8, 6), (0, 1)])
 def test_clusters_are_for_segments_that_run_all_at_a_time(recorder, at_a_time, cluster):
     recorder.fitting = {6: at_a_time}

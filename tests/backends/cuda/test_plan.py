@@ -68,6 +68,7 @@ def test_block_count(multiprocessors, segments, items, blocks):
 
 def test_shapes_fit_into_shared_memory():
     assert choose_shape(page_format(), H200_SHARED_BYTES, 8) == Shape(12, 2)
+    assert choose_shape(page_format(), H200_SHARED_BYTES, 8, one_buffer=True) == Shape(12, 1)
     for limit in (A10_SHARED_BYTES, H200_SHARED_BYTES):
         for dim in (64, 80, 96, 128, 256):
             for bits in (1, 2, 3, 4):

@@ -24,6 +24,7 @@ from tqai.backends.cuda.plan import (
     block_count,
     choose_shape,
     codec_macros,
+    has_long_stretches,
     rotation_plan,
     split_count,
 )
@@ -111,8 +112,8 @@ class Prepared:
             setattr(self.sizes, f"lut_{side}", self._keep(entries))
             getattr(self.sizes, f"levels_{side}").coefficients[:] = (0.0, level_unit(codec))
 
-    def shape(self, batch: int) -> Shape:
-        found = choose_shape(self.format, self.shared_limit, batch, self.table_bytes)
+    def shape(self, batch: int, one_buffer: bool = False) -> Shape:
+        found = choose_shape(self.format, self.shared_limit, batch, self.table_bytes, one_buffer)
         if found is None:
             raise BackendError(f"a page of {self.format.page_bytes} bytes does not fit into shared memory")
         return found
@@ -147,14 +148,16 @@ class Prepared:
         splits: int | None,
         cluster: bool | None,
     ) -> Call:
-        shape = shape or self.shape(batch)
-        shared = attention_shared_bytes(self.format, shape, batch, self.table_bytes)
         col_groups = -(-group * new_tokens // COLUMNS)
         segments = batch * kv_heads * col_groups
         items = pages + exact_items
         macros = {"SOFTCAP": int(softcap is not None), "MASKED": int(masked), "OUT": OUT_CODES[out_dtype]}
         if splits is None and blocks is None:
             splits = split_count(self.multiprocessors, segments, items)
+        if shape is None:
+            apart = splits is not None and self.has_clusters and self.table_bytes is None
+            shape = self.shape(batch, apart and has_long_stretches(self.format, pages // (splits or 1)))
+        shared = attention_shared_bytes(self.format, shape, batch, self.table_bytes)
         sizes = Sizes.from_buffer_copy(self.sizes)
         threads, words = shape.warps * 32, 0
         part = COLUMNS * (self.value_dim + 2)

@@ -27,6 +27,7 @@ __all__ = [
     "code_shared_bytes",
     "codec_macros",
     "division",
+    "has_long_stretches",
     "quantizer_cells",
     "refuse_format",
     "rotation_plan",
@@ -54,6 +55,11 @@ ITEMS_OF_BLOCK = 12
 """So few items are not divided among more blocks: about one for each warp."""
 LEAST_SHARE = 0.94
 """And with more, too, if so large a share of the multiprocessors stays busy."""
+LONG_PAGES = 64
+LEAST_ON_THEIR_WAY_BYTES = 72 << 10
+"""With so many pages for a block or more, one buffer for each warp, its halves fetched apart, is faster than
+two, if a multiprocessor still asks for so much at a time. More than the memory needs to be busy waits in
+queues, and not that of all multiprocessors for as long: blocks then end further apart."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +150,22 @@ def attention_shared_bytes(
     )
 
 
+def has_long_stretches(page_format: PageFormat, pages_of_block: int) -> bool:
+    """Whether one buffer for each warp is enough, and better, on sm_90 (`attend_split.cu`, scalar codes)."""
+    return pages_of_block >= LONG_PAGES and SHAPES[0][0] * page_format.page_bytes >= LEAST_ON_THEIR_WAY_BYTES
+
+
 def choose_shape(
-    page_format: PageFormat, shared_limit_bytes: int, batch: int, table_bytes: int | None = None
+    page_format: PageFormat,
+    shared_limit_bytes: int,
+    batch: int,
+    table_bytes: int | None = None,
+    one_buffer: bool = False,
 ) -> Shape | None:
-    """The first of `SHAPES` that fits into a block's shared memory."""
+    """The first of `SHAPES` that fits into a block's shared memory; with `one_buffer` of one stage alone."""
     for warps, stages in SHAPES:
+        if one_buffer and stages > 1:
+            continue
         shape = Shape(warps, stages)
         if attention_shared_bytes(page_format, shape, batch, table_bytes) <= shared_limit_bytes:
             return shape
