@@ -31,7 +31,11 @@ from tqai import TurboQuantCache
 from tqai.integrations.transformers.decode_graph import DecodeGraph
 
 LAYERS, HEADS, KV_HEADS, DIM = 32, 32, 8, 128
-PAIRS = ((4, 2), (4, 4))
+PACKED: dict[str, dict[str, Any]] = {
+    "K4/V2": {"bits_k": 4, "bits_v": 2},
+    "K4/V4": {"bits_k": 4, "bits_v": 4},
+    "balanced": {"config": "balanced"},
+}
 SIZES = ((1, 2048), (1, 32768), (1, 131072), (8, 2048), (8, 32768), (8, 131072))
 LARGEST_DYNAMIC = {(8, 131072): 6}
 """Where DynamicCache does not fit, the batch that does."""
@@ -142,10 +146,10 @@ def static_row(model: Any, batch: int, tokens: int) -> dict[str, Any] | None:
     return row("StaticCache", "graph", batch, tokens, seconds, peak, held)
 
 
-def packed_rows(model: Any, batch: int, tokens: int, bits_k: int, bits_v: int) -> list[dict[str, Any]]:
-    cache = TurboQuantCache(model, bits_k=bits_k, bits_v=bits_v, backend="cuda")
+def packed_rows(model: Any, batch: int, tokens: int, kind: str) -> list[dict[str, Any]]:
+    cache = TurboQuantCache(model, **PACKED[kind], backend="cuda")
     fill(cache, batch, tokens)
-    kind, rows = f"K{bits_k}/V{bits_v}", []
+    rows: list[dict[str, Any]] = []
     ids = torch.zeros((batch, 1), dtype=torch.int64, device="cuda")
 
     def eager(ids: torch.Tensor) -> torch.Tensor:
@@ -189,10 +193,10 @@ def main() -> None:
             static = static_row(model, batch, tokens) if dynamic["batch"] == batch else None
             if static is not None:
                 rows.append(static)
-            for pair in PAIRS:
+            for kind in PACKED:
                 gc.collect()
                 torch.cuda.empty_cache()
-                for found in packed_rows(model, batch, tokens, *pair):
+                for found in packed_rows(model, batch, tokens, kind):
                     found["speedup"] = found["tokens_per_s"] / dynamic["tokens_per_s"]
                     if static is not None and found["mode"] == "graph":
                         found["against_static_graph"] = found["tokens_per_s"] / static["tokens_per_s"]
