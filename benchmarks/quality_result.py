@@ -14,6 +14,7 @@ from tqai.config import NAMED_PRESETS
 from tqai.evaluation import Interval, PlotPoint, bootstrap
 from tqai.evaluation.plot import draw_points
 
+MOST_DRAWN_BITS = 10
 # At most these all-in bits -> at most this mean KL, in nats per token, on every model and copy.
 TARGETS = {4.35: 0.0004, 3.35: 0.0016, 2.35: 0.010}
 
@@ -77,8 +78,15 @@ def merged(study: Study, parts: list[dict[str, Any]]) -> dict[str, Any]:
         ],
         "targets": targets(quality),
         "peers": against_peers(quality),
-        "not_measured": failed,
+        "not_measured": [entry for entry in failed if not _measured_elsewhere(entry, runs, retrieval)],
     }
+
+
+def _measured_elsewhere(entry: dict[str, Any], runs: dict[Any, Any], retrieval: dict[Any, Any]) -> bool:
+    """Whether another run did what a task, which failed in one, was to do."""
+    done = {"kl": runs, "retrieval": retrieval}.get(entry.get("kind", ""), {})
+    specs = entry.get("specs", ())
+    return bool(specs) and all((entry["model"], entry["copy"], spec) in done for spec in specs)
 
 
 def _joined(first: dict[str, Any] | None, second: dict[str, Any]) -> dict[str, Any]:
@@ -284,6 +292,8 @@ def _points(rows: dict[str, Any]) -> list[PlotPoint]:
     chosen = []
     for spec, row in rows.items():
         family = row["family"]
+        if row["bits_per_value"] > MOST_DRAWN_BITS:
+            continue
         if family == "tqai":
             named = spec in NAMED_PRESETS
             if not named and ("window=128" not in spec or "offsets=auto" not in spec):
