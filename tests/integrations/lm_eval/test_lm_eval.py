@@ -1,6 +1,9 @@
 """The model "hf-tqai" through lm-eval's own registry and evaluator, on the embedded model."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,6 +22,35 @@ from tqai.errors import ConfigError, UnsupportedError
 from tqai.integrations.lm_eval import TqaiLM
 
 TEXT = document()[3000:5200]
+RUN_WITH_PATHS = """
+import json, runpy, sys
+sys.path[:] = json.loads(sys.argv.pop(1))
+runpy.run_module("tqai.integrations.lm_eval", run_name="__main__", alter_sys=True)
+"""
+
+
+def write_task(folder, lines):
+    """A task "tqai_codes" of multiple choice."""
+    (folder / "codes.jsonl").write_text("\n".join(json.dumps(line) for line in lines), "utf-8")
+    (folder / "codes.yaml").write_text(
+        f"""
+task: tqai_codes
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder / "codes.jsonl"}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+""",
+        "utf-8",
+    )
 
 
 def request(kind, *arguments):
@@ -111,6 +143,28 @@ def test_settings_are_those_of_the_cache(loaded):
             TqaiLM(model, tokenizer=tokenizer, **bad)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_device_that_lm_eval_takes_for_granted_may_be_missing(caplog):
+    with caplog.at_level("WARNING", logger="tqai"):
+        lm = TqaiLM(str(demo.model_path()), cache="K4/V4", device="cuda:0")
+    assert lm.device.type == "cpu" and "device=cuda:0" in caplog.text
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_command_line_of_lm_eval_runs_a_local_task(tmp_path):
+    write_task(tmp_path, [{"question": "Two and two are", "choices": ["four", "blue"], "answer": 0}])
+    arguments = f"pretrained={demo.model_path()},cache=K3/V3,codec=trellis,residual_window=128"
+    command = [sys.executable, "-c", RUN_WITH_PATHS, json.dumps(sys.path), "--model", "hf-tqai"]
+    done = subprocess.run(
+        [*command, "--tasks", "tqai_codes", "--include_path", str(tmp_path), "--model_args", arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "tqai_codes" in done.stdout and "hf-tqai" in done.stdout
+
+
 def test_lm_eval_runs_a_local_task(tmp_path):
     lines = [
         {
@@ -122,26 +176,7 @@ def test_lm_eval_runs_a_local_task(tmp_path):
     ]
     for seed, line in enumerate(lines):
         line["choices"][1] = make_prompt(demo.load()[1], 300, seed).answers[0]
-    (tmp_path / "codes.jsonl").write_text("\n".join(json.dumps(line) for line in lines), "utf-8")
-    (tmp_path / "codes.yaml").write_text(
-        f"""
-task: tqai_codes
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {tmp_path / "codes.jsonl"}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: answer
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-""",
-        "utf-8",
-    )
+    write_task(tmp_path, lines)
     result = simple_evaluate(
         model="hf-tqai",
         model_args=f"pretrained={demo.model_path()},cache=K4/V3,dtype=float32,device=cpu,sink_tokens=4",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -17,6 +18,8 @@ from tqai.errors import ConfigError, UnsupportedError
 from tqai.integrations.lm_eval.passes import fill, greedy, scores
 
 __all__ = ["CHUNK_TOKENS", "TqaiLM"]
+
+logger = logging.getLogger("tqai")
 
 CHUNK_TOKENS = 32
 NEW_TOKENS = 256
@@ -57,7 +60,8 @@ class TqaiLM(TemplateLM):
             chunk_tokens: tokens per forward pass of what is scored, at least 1.
             max_length: tokens that fit, None for the model's positions.
             dtype: of the weights: "auto", "float32", "bfloat16", "float16".
-            device: such as "cpu" or "cuda:0", None for a GPU if there is one.
+            device: such as "cpu" or "cuda:0" (the CPU, with a warning, where torch sees no GPU), None for a
+                GPU if there is one.
             batch_size, max_batch_size: taken because lm-eval gives them; requests are answered one by one.
             add_bos_token: begin contexts and texts with the token of the beginning.
             settings: fields of `CacheConfig`: `codec`, `residual_window`, `sink_tokens`, `seed`, ...
@@ -207,6 +211,9 @@ def _loaded(pretrained: Any, dtype: str, device: str | None) -> Any:
 
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if where.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("device=%s: torch sees no NVIDIA GPU, the model runs on the CPU", where)
+        where = "cpu"  # lm-eval's command line says cuda:0 where nobody has said anything
     return AutoModelForCausalLM.from_pretrained(pretrained, dtype=wanted).to(where).eval()
 
 
