@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import cache_option_tables  # noqa: E402
 import choice_tables  # noqa: E402
+import code_tables  # noqa: E402
 import cpu_tables  # noqa: E402
 import gpu_tables  # noqa: E402
 import mlx_tables  # noqa: E402
@@ -38,6 +39,7 @@ from option_tables import activations_table, qjl_table, solvers_table  # noqa: E
 DOCUMENTS = (
     "README.md",
     "docs/cache-options.md",
+    "docs/performance.md",
     "docs/performance-cpu.md",
     "docs/performance-gpu.md",
     "docs/performance-trellis.md",
@@ -277,6 +279,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "serve-cpu-load": serve_tables.cpu_load_table,
     "serve-soak": soak_tables.soak_table,
     "serve-fuzz": soak_tables.fuzz_table,
+    "codes": code_tables.codes_table,
     "study-kl": study_tables.kl_tables,
     "study-short": study_tables.short_table,
     "study-copies": study_tables.copies_table,
