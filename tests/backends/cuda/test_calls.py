@@ -135,10 +135,10 @@ def test_divisors_and_tables(recorder):
 @pytest.mark.parametrize(
     ("bits", "capability", "batch", "pages", "stages"),
     [
-        ((4, 2), (9, 0), 8, 128, 1),
-        ((4, 2), (9, 0), 8, 127, 2),  # 63 pages for a block
-        ((4, 2), (9, 0), 1, 1024, 1),
-        ((4, 2), (9, 0), 1, 1023, 2),
+        ((4, 2), (9, 0), 8, 192, 1),
+        ((4, 2), (9, 0), 8, 191, 2),  # 95 pages for a block
+        ((4, 2), (9, 0), 1, 1536, 1),
+        ((4, 2), (9, 0), 1, 1535, 2),
         ((4, 2), (8, 0), 8, 512, 2),  # nothing is fetched in halves there
         ((2, 2), (9, 0), 8, 512, 2),  # too little of the memory's time would be asked for ahead
         ((4, 4), (9, 0), 20, 512, 2),  # the line of all work, in whole pages

@@ -55,7 +55,7 @@ ITEMS_OF_BLOCK = 12
 """So few items are not divided among more blocks: about one for each warp."""
 LEAST_SHARE = 0.94
 """And with more, too, if so large a share of the multiprocessors stays busy."""
-LONG_PAGES = 64
+LONG_PAGES = 96
 LEAST_ON_THEIR_WAY_BYTES = 72 << 10
 """With so many pages for a block or more, one buffer for each warp, its halves fetched apart, is faster than
 two, if a multiprocessor still asks for so much at a time. More than the memory needs to be busy waits in
