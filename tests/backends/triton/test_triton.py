@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -167,6 +168,23 @@ def test_values_of_any_size(triton_backend, size):
     keys, values = (torch.cat([x, y.cpu().double()], 2) for x, y in zip((keys, values), recent, strict=True))
     wanted, _ = reference(query, keys, values, torch.ones(1, 2, 1, 129, dtype=torch.bool), 0.125)
     assert ((out.cpu().double() - wanted).norm() / wanted.norm()).item() < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits_k", "bits_v"), [(4, 2), (3, 3), (2, 4)])
+def test_portable_form_agrees_with_ptx(triton_backend, monkeypatch, bits_k, bits_v):
+    if DEVICE != "cuda":
+        pytest.skip("PTX needs an NVIDIA GPU")
+    page_format = formats(bits_k, bits_v, 128)
+    _, history, _ = filled(triton_backend, page_format, 1, 2, 9)
+    query, recent = draw(1, 8, 1, 128), ExactTokens(draw(1, 2, 5, 128), draw(1, 2, 5, 128))
+    found = triton_backend.attend(query, history, None, recent, None, 0.1).out
+    for codec in (page_format.key, page_format.value):
+        ready = importlib.import_module("tqai.backends.triton.tables").tables(codec.spec, query.device)
+        assert ready.instructions is not None
+        monkeypatch.setattr(ready, "instructions", None)
+    plain = triton_backend.attend(query, history, None, recent, None, 0.1).out
+    assert ((found.double() - plain.double()).norm() / plain.double().norm()).item() < 2e-3
 
 
 def test_nan_in_sight_shows(triton_backend):

@@ -19,9 +19,8 @@ LEAST_SLICED_ROWS = 8
 COLUMNS = 64
 MERGED_SPLITS = 64
 """Splits whose results are read at once."""
-WARPS = {16: 2, 32: 4, 64: 4}
-"""Warps of a program on sliced pages, by padded rows, for more than `LEAST_SLICED_ROWS`."""
-MATRIX_ROWS = 16
+WARPS = {8: 1, 16: 2, 32: 4, 64: 4}
+"""Warps of a program on sliced pages, by padded rows; 8 for more."""
 REGISTERS = 168
 """Of a lane of a program of one warp, so that 12 fit a multiprocessor."""
 STAGES = 3
@@ -51,7 +50,7 @@ def attend_pages(
     key, value = (tables(codec.spec, query.device) for codec in (page_format.key, page_format.value))
     sliced = is_sliced(page_format)
     row_tile = max(LEAST_SLICED_ROWS if sliced else LEAST_ROWS, padded(rows))
-    warps = _sliced_warps(row_tile, value_dim // SLICES[value_bits]) if sliced else 4
+    warps = WARPS.get(row_tile, 8) if sliced else 4
     programs = PROGRAMS_PER_MULTIPROCESSOR.get(warps, 4) if sliced else PLANE_PROGRAMS_PER_MULTIPROCESSOR
     splits = split_count(query.device, segments, history.pages, programs)
     flags = {"MASKED": mask is not None, "SOFTCAP": softcap is not None}
@@ -87,10 +86,12 @@ def attend_pages(
         arrays = (history.addresses, history.addresses.stride(0), rotated, norms, masked, partial, stats)
         if sliced:
             options: dict[str, int] = {"num_warps": warps, "num_stages": STAGES}
+            if warps == 1 and key.instructions is not None:
+                options["maxnreg"] = REGISTERS
             slice_kernels.attend_sliced[grid](
-                *arrays, *places, key.unit, value.unit, **shape,
+                *arrays, *places, key.sliced_unit, value.sliced_unit, **shape,
                 SK=SLICES[shape["BITS_K"]], SV=SLICES[shape["BITS_V"]],
-                CUT=history.first_token > 0, **options,
+                PTX_K=key.instructions, PTX_V=value.instructions, CUT=history.first_token > 0, **options,
             )  # fmt: skip
         else:
             attention_kernels.attend_split[grid](
@@ -106,13 +107,6 @@ def attend_pages(
         SPLITS=padded(max(splits, 1)), CHUNK=min(MERGED_SPLITS, padded(max(splits, 1))), **flags, num_warps=8,
     )  # fmt: skip
     return Attended(out, lse)
-
-
-def _sliced_warps(row_tile: int, places: int) -> int:
-    """Warps of a program on sliced pages; two need two blocks of the values' `places` for tensor cores."""
-    if row_tile > LEAST_SLICED_ROWS:
-        return WARPS.get(row_tile, 8)
-    return 2 if places >= 2 * MATRIX_ROWS else 1
 
 
 def split_count(device: torch.device, segments: int, pages: int, programs: int) -> int:

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from tqai.backends.triton.unpack import codes_of, codes_of_slices, scales_of
+from tqai.backends.triton.unpack import codes_of, codes_of_slices, scales_of, top_bit_of
 
 __all__ = ["decode_rows", "encode_rows"]
 
@@ -109,7 +109,7 @@ def _store_slices(
     word = tl.sum((parts & ((1 << WIDTH) - 1)) << (slice_number * WIDTH)[None, :, None], 1)
     tl.store(side.to(tl.pointer_type(tl.uint16)) + at, word.to(tl.uint16))
     if BITS == 3:
-        top = tl.sum((parts >> 2) << slice_number[None, :, None], 1)
+        top = tl.sum((parts >> 2) << top_bit_of(slice_number)[None, :, None], 1)
         tl.store(side + PAGE_TOKENS * DIM * 2 // 8 + at, top.to(tl.uint8))
 
 

@@ -21,25 +21,50 @@ HEADROOM = tl.constexpr(15.0)  # of a weight in float16: 1 becomes 2^15, the lea
 
 
 @triton.jit
-def _levels(low, top, SLICES: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
-    """Levels of all slices, float16, of words int32; `top` serves 3 bits alone."""
-    WIDTH: tl.constexpr = 4 if BITS == 4 else 2
+def _levels(low, top, SLICES: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PTX: tl.constexpr):
+    """Levels of all slices, float16, of words int16; those of PTX are `pairs.UNIT` times too small.
+
+    `top` serves 3 bits alone.
+    """
     found = ()
-    for i in tl.static_range(SLICES):
-        code = (low >> (WIDTH * i)) & ((1 << WIDTH) - 1)
-        if BITS == 3:
-            code |= ((top >> i) & 1) << 2
-        found = found + (levels_of(code, None, BITS, WORDS).to(tl.float16),)  # noqa: RUF005
+    if PTX is not None:
+        pairs = ()
+        for i in tl.static_range(SLICES // 2):
+            pairs = pairs + _levels_of_two(low, top, i, BITS, PTX)
+        for i in tl.static_range(SLICES):
+            # where slice i stands in `pairs.SLICE_PAIRS`
+            if BITS == 4:
+                found = found + (pairs[i],)  # noqa: RUF005
+            else:
+                found = found + (pairs[(i & 4) | (i & 1) << 1 | (i & 2) >> 1],)  # noqa: RUF005
+    else:
+        WIDTH: tl.constexpr = 4 if BITS == 4 else 2
+        low = low.to(tl.int32)
+        top = top.to(tl.int32)
+        for i in tl.static_range(SLICES):
+            code = (low >> (WIDTH * i)) & ((1 << WIDTH) - 1)
+            if BITS == 3:
+                code |= ((top >> ((i & 1) | (i & 2) << 1 | (i & 4) >> 1)) & 1) << 2
+            found = found + (levels_of(code, None, BITS, WORDS).to(tl.float16),)  # noqa: RUF005
     return found
 
 
 @triton.jit
+def _levels_of_two(low, top, NUMBER: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+    if BITS == 3:
+        return tl.inline_asm_elementwise(
+            PTX[NUMBER], "=r,=r,r,r", [low, top], (tl.float16, tl.float16), True, 2
+        )
+    return tl.inline_asm_elementwise(PTX[NUMBER], "=r,=r,r", [low], (tl.float16, tl.float16), True, 2)
+
+
+@triton.jit
 def _words(side, at, BYTES: tl.constexpr, BITS: tl.constexpr):
-    """Words number `at` of both planes of a side, int32; the second is there for 3 bits alone."""
-    low = tl.load(tl.multiple_of(side.to(tl.pointer_type(tl.uint16)), 16) + at).to(tl.int32)
+    """Words number `at` of both planes of a side, int16; the second is there for 3 bits alone."""
+    low = tl.load(tl.multiple_of(side.to(tl.pointer_type(tl.int16)), 16) + at)
     if BITS == 3:
         start = tl.multiple_of((side + BYTES).to(tl.pointer_type(tl.uint8)), 16)
-        return low, tl.load(start + at).to(tl.int32)
+        return low, tl.load(start + at).to(tl.int16)
     return low, low
 
 
@@ -82,6 +107,8 @@ def attend_sliced(
     SOFTCAP: tl.constexpr,
     WORDS_K: tl.constexpr,
     WORDS_V: tl.constexpr,
+    PTX_K: tl.constexpr,
+    PTX_V: tl.constexpr,
 ):
     """One program: one sequence and KV head, every `splits`-th page. Partial results in the rotated space."""
     JK: tl.constexpr = DK // SK
@@ -104,6 +131,8 @@ def attend_sliced(
     for _ in tl.static_range(SV):
         acc = acc + (tl.zeros((JV, ROWS), tl.float32),)  # noqa: RUF005
     factor = tl.load(norms + segment * rows + row, mask=real, other=0.0) * key_unit
+    if not SOFTCAP:
+        factor *= LOG2E
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     unit = 0.0  # the largest value scale so far, which weights are held against
@@ -111,12 +140,12 @@ def attend_sliced(
         page = tl.load(addresses + batch * address_stride + index) + head.to(tl.int64) * page_bytes
         low, high = _words(page, token[:, None] * JK + jk[None, :], 64 * DK * 2 // 8, BITS_K)
         logits = tl.zeros((PAGE_TOKENS, ROWS), tl.float32)
-        levels = _levels(low, high, SK, BITS_K, WORDS_K)
+        levels = _levels(low, high, SK, BITS_K, WORDS_K, PTX_K)
         for i in tl.static_range(SK):
             logits = tl.dot(levels[i], q[i], logits)
         logits = logits * factor[None, :] * scales_of(page, key_scales_at, token)[:, None]
-        logits = capped(logits, SOFTCAP, softcap)
-        logits *= LOG2E
+        if SOFTCAP:
+            logits = capped(logits, SOFTCAP, softcap) * LOG2E
         scale = scales_of(page, value_scales_at, token)
         # A scale out of sight must not set the unit of weights. What rows of padding hold does not matter.
         if MASKED:
@@ -146,7 +175,7 @@ def attend_sliced(
         weight = weight.to(tl.float16)
         side = page + value_codes_at
         low, high = _words(side, token[None, :] + jv[:, None] * PAGE_TOKENS, 64 * DV * 2 // 8, BITS_V)
-        found = _levels(low, high, SV, BITS_V, WORDS_V)
+        found = _levels(low, high, SV, BITS_V, WORDS_V, PTX_V)
         kept = acc
         acc = ()
         for i in tl.static_range(SV):
@@ -155,6 +184,6 @@ def attend_sliced(
     place = (segment * splits + split) * ROWS + row
     out = partial + place[None, :] * DV + jv[:, None]
     for i in tl.static_range(SV):
-        tl.store(out + i * JV, acc[i] * (unit * value_unit), mask=real[None, :])
+        tl.store(out + i * JV, acc[i] * value_unit * unit, mask=real[None, :])
     tl.store(stats + place * 2, tl.where(top == -float("inf"), top, top - HEADROOM), mask=real)
     tl.store(stats + place * 2 + 1, total, mask=real)

@@ -3,7 +3,7 @@
 A side of a page with `b`-bit codes and head_dim `d` is cut into S slices of J = d / S coordinates: slice i
 has the coordinates i J to i J + J - 1. The codes of one token at the same place j of all slices share a
 *word*, slice i from bit i w on, w being the width of a plane: 4 and 2 bits are one plane, 3 bits are a plane
-of the low two bits and, after it, one of the top bits.
+of the low two bits and, after it, one of the top bits, in which slices 0 to 7 have the bits 0 1 4 5 2 3 6 7.
 
     bits   S   plane widths   words
     4      4   4              16 bits
@@ -18,8 +18,8 @@ of the low two bits and, after it, one of the top bits.
     bits 0-3 tok 0 dim  0    tok 0 dim 64    tok 0 dim  1    tok 0 dim 65    tok 0 dim 2   ...
     bits 4-7 tok 0 dim 32    tok 0 dim 96    tok 0 dim 33    tok 0 dim 97    tok 0 dim 34  ...
 
-So one shift and one mask of two neighbouring words (32 bits) yield two codes that stand in the halves of a
-register, as the operand wants them. Formats that do not cut like this are laid out in `planes`.
+So the codes of two neighbouring words (32 bits) become levels in the halves of a register, as the operand
+wants them (`pairs`). Formats that do not cut like this are laid out in `planes`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ from tqai.core.codec import CodecSpec
 from tqai.core.packing import pack, unpack
 from tqai.core.page import PAGE_TOKENS, PageFormat
 
-__all__ = ["SLICES", "is_sliced", "plain_side", "sliced_side"]
+__all__ = ["SLICES", "TOP_BITS", "is_sliced", "plain_side", "sliced_side"]
 
 SLICES = {2: 8, 3: 8, 4: 4}
 """Slices of a side by bits per code."""
+TOP_BITS = (0, 1, 4, 5, 2, 3, 6, 7)
+"""Of the third bits of 3-bit codes, by slice; the inverse is the same."""
 LEAST_PLACES = 16
 """The shortest sum that tensor cores take."""
 
@@ -66,7 +68,8 @@ def sliced_side(codes: NDArray[np.uint8], bits: int, dim: int, values: bool) -> 
     flat = np.ascontiguousarray(by_slice).reshape(*lead, PAGE_TOKENS * dim)
     parts, shift = [], 0
     for width in plane_widths(bits):
-        parts.append(pack(flat >> shift & (2**width - 1), width))
+        plane = flat >> shift & (2**width - 1)
+        parts.append(pack(_turned(plane) if width == 1 else plane, width))
         shift += width
     return np.concatenate(parts, axis=-1)
 
@@ -81,7 +84,8 @@ def plain_side(raw: NDArray[np.uint8], bits: int, dim: int, values: bool) -> NDA
     for width in plane_widths(bits):
         size = PAGE_TOKENS * dim * width // 8
         part = np.ascontiguousarray(raw[..., at : at + size])
-        flat |= unpack(part, width, PAGE_TOKENS * dim) << np.uint8(shift)
+        plane = unpack(part, width, PAGE_TOKENS * dim)
+        flat |= (_turned(plane) if width == 1 else plane) << np.uint8(shift)
         at, shift = at + size, shift + width
     if values:
         by_slice = flat.reshape(*lead, places, PAGE_TOKENS, slices)
@@ -90,3 +94,8 @@ def plain_side(raw: NDArray[np.uint8], bits: int, dim: int, values: bool) -> NDA
     else:
         by_slice = np.swapaxes(flat.reshape(*lead, PAGE_TOKENS, places, slices), -1, -2)
     return pack(np.ascontiguousarray(by_slice).reshape(*lead, PAGE_TOKENS, dim), bits)
+
+
+def _turned(plane: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Top bits by slice as words have them, and back."""
+    return plane.reshape(*plane.shape[:-1], -1, len(TOP_BITS))[..., list(TOP_BITS)].reshape(plane.shape)

@@ -8,7 +8,7 @@ Levels of up to 4 bits are whole numbers, read out of registers; more bits read 
 import triton
 import triton.language as tl
 
-__all__ = ["capped", "codes_of", "codes_of_slices", "levels_of", "scales_of"]
+__all__ = ["capped", "codes_of", "codes_of_slices", "levels_of", "scales_of", "top_bit_of"]
 
 PAGE_TOKENS = tl.constexpr(64)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -21,6 +21,12 @@ def capped(logits, SOFTCAP: tl.constexpr, softcap):
         # tanh by exponentials: 1 - 2 / (e^2x + 1)
         return softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E) / softcap) + 1.0))
     return logits
+
+
+@triton.jit
+def top_bit_of(number):
+    """`slices.TOP_BITS` of slices."""
+    return (number & 1) | (number & 2) << 1 | (number & 4) >> 1
 
 
 @triton.jit
@@ -41,7 +47,7 @@ def codes_of_slices(
     code = (word >> (shift * WIDTH)) & ((1 << WIDTH) - 1)
     if BITS == 3:
         top = tl.load(side + PAGE_TOKENS * DIM * 2 // 8 + at).to(tl.int32)
-        code |= ((top >> shift) & 1) << 2
+        code |= ((top >> top_bit_of(shift)) & 1) << 2
     return code
 
 
@@ -84,15 +90,16 @@ def levels_of(code, table, BITS: tl.constexpr, WORDS: tl.constexpr):
     """Levels of codes int32: for up to 4 bits whole numbers (`whole_levels.py`), else centroids, float32."""
     if BITS > 4:
         return tl.load(table + code)
-    HALF: tl.constexpr = 1 << (BITS - 1)
-    positive = code >= HALF
-    index = tl.where(positive, code - HALF, HALF - 1 - code)
-    if BITS == 4:
-        word = tl.where(index >= 4, WORDS[1], WORDS[0])
-        size = (word >> ((index & 3) * 8)) & 0x7F
-    else:
-        size = (WORDS[0] >> (index * 8)) & 0x7F
-    return tl.where(positive, size, -size)
+    else:  # or the compiler wants one type of both
+        HALF: tl.constexpr = 1 << (BITS - 1)
+        positive = code >= HALF
+        index = tl.where(positive, code - HALF, HALF - 1 - code)
+        if BITS == 4:
+            word = tl.where(index >= 4, WORDS[1], WORDS[0])
+            size = (word >> ((index & 3) * 8)) & 0x7F
+        else:
+            size = (WORDS[0] >> (index * 8)) & 0x7F
+        return tl.where(positive, size, -size)
 
 
 @triton.jit

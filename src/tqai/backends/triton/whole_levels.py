@@ -40,7 +40,8 @@ class WholeLevels:
 
 
 def whole_levels(centroids: NDArray[np.float32]) -> WholeLevels | None:
-    """Of `[2**bits]` centroids, ascending and antisymmetric: the least whole numbers that they are multiples of.
+    """Of `[2**bits]` centroids, ascending and antisymmetric: the least whole numbers that they are multiples
+    of.
 
     None for more than 4 bits, and where there are none up to 127 (other codebooks than core's).
     """
