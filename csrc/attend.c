@@ -194,13 +194,14 @@ int32_t tqai_attend(const tqai_attend_args *a) {
     const size_t queries = (size_t)pairs * (size_t)j.rows, rows = queries * (size_t)j.parts;
     const size_t acc = rows * (size_t)a->format->value.head_dim * sizeof(float);
     const size_t q = queries * (size_t)a->format->key.head_dim * sizeof(int16_t);
-    char *memory = malloc(acc + q + rows * sizeof(row_state) + queries * sizeof(float) + 2 * (size_t)pairs * sizeof(atomic_int));
+    char *memory = malloc(acc + q + rows * sizeof(row_state) + 2 * queries * sizeof(float) + 2 * (size_t)pairs * sizeof(atomic_int));
     if (!memory) return TQAI_NO_MEMORY;
     j.acc = (float *)memory;
     j.q = (int16_t *)(memory + acc);
     j.state = (row_state *)(memory + acc + q);
     j.factor = (float *)(j.state + rows);
-    j.rotated = (atomic_int *)(j.factor + queries);
+    j.length = j.factor + queries;
+    j.rotated = (atomic_int *)(j.length + queries);
     j.finished = j.rotated + pairs;
     for (int i = 0; i < 2 * pairs; i++) atomic_init(&j.rotated[i], 0);
     tqai_spread(threads, j.history_parts * j.head_groups * a->batch, pairs, run_task, &j);

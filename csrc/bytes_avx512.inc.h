@@ -1,34 +1,48 @@
-/* bytes_avx512.inc.h: the integer sums of 2-bit codes as products of bytes, 64 to an instruction; included by
- * kernels_avx512.c. Trellis codes share the factors (trellis_avx512.inc.h).
+/* bytes_avx512.inc.h: the integer sums of codes of 2 to 4 bits as products of bytes, 64 to an instruction; included
+ * by kernels_avx512.c. Trellis codes share the factors (trellis_avx512.inc.h).
  *
- * The four levels are 8-bit numbers to 3e-4 (byte_levels). A factor v of 12 bits is more than a byte, so two
- * query rows share a third row of bytes, their low parts:
+ * Levels are bytes (tqai_codec.byte_levels). A factor v of 12 bits is more than a byte, so two query rows share a
+ * third row of bytes, their low parts:
  *
  *   keys      v0 = 16 h0 + l         v1 = 16 h1 + l / 16        h, l signed, levels + 128 unsigned
  *   weights   v0 = 16 h0 - l         v1 = 16 h1 - l / 16        h, l unsigned, levels signed
  *
- * l = lo + 16 k: lo, the last four bits of v0, is exact; k settles v1 to within half a unit. Four rows are so
- * six rows of bytes and not eight.
+ * l = lo + 16 k: lo, the last four bits of v0, is exact; then h1 and k are taken that bring v1, lo / 16 included,
+ * nearest to what is wanted, which is known to an eighth (FACTOR_PARTS). So both rows are exact to half a unit, and
+ * four rows are six rows of bytes and not eight.
  *
  *   bytes [rows: h of each | (rows + 1) / 2: l of each two]
+ *
+ * A quad is the four units (layout.h) that follow one another, of keys all 64 tokens of four dims:
+ *
+ *   4 bits   line a  byte e = | unit 1 | unit 0 |      line b  byte e = | unit 3 | unit 2 |
+ *                                >> 4     .                                >> 4     .           & 15
+ *            vpshufb    64 levels
+ *            vpdpbusd   lane t += the four terms of byte 4 t .. 4 t + 3 times four bytes of a row
+ *
+ * The lookups run beside the products on other ports. Six rows times four units are 24 sums, all in registers.
  */
 
 #define BYTE_ROWS(rows) ((rows) + ((rows) + 1) / 2)
 
-/* 16 factors of two rows to bytes; sign 1: v = 16 h + l, else v = 16 h - l. */
+/* 16 factors of two rows, in eighths, to bytes; sign 1: v = 16 h + l, else v = 16 h - l. */
 INLINE void split_two(__m256i v0, __m256i v1, int is_signed, int8_t *h0, int8_t *h1, int8_t *l) {
     const __m256i fifteen = _mm256_set1_epi16(15), eight = _mm256_set1_epi16(8), zero = _mm256_setzero_si256();
-    const __m256i lo = _mm256_and_si256(is_signed ? v0 : _mm256_sub_epi16(zero, v0), fifteen);
-    const __m256i over = _mm256_cmpgt_epi16(lo, eight); /* -1: lo / 16 is nearer to 1 than to 0 */
-    __m256i k, low;
+    const __m256i half = _mm256_set1_epi16(FACTOR_PARTS / 2);
+    __m256i lo, k, low;
+    v1 = _mm256_add_epi16(v1, v1); /* in sixteenths */
     if (is_signed) {
-        v1 = _mm256_add_epi16(v1, over);
+        v0 = _mm256_srai_epi16(_mm256_add_epi16(v0, half), 3);
+        lo = _mm256_and_si256(v0, fifteen);
+        v1 = _mm256_srai_epi16(_mm256_add_epi16(_mm256_sub_epi16(v1, lo), eight), 4);
         k = _mm256_sub_epi16(_mm256_and_si256(_mm256_add_epi16(v1, eight), fifteen), eight);
         low = _mm256_add_epi16(lo, _mm256_slli_epi16(k, 4));
         v0 = _mm256_sub_epi16(v0, low);
         v1 = _mm256_sub_epi16(v1, k);
     } else {
-        v1 = _mm256_sub_epi16(v1, over);
+        v0 = _mm256_srli_epi16(_mm256_add_epi16(v0, half), 3);
+        lo = _mm256_and_si256(_mm256_sub_epi16(zero, v0), fifteen);
+        v1 = _mm256_srli_epi16(_mm256_add_epi16(_mm256_add_epi16(v1, lo), eight), 4);
         k = _mm256_and_si256(_mm256_sub_epi16(zero, v1), fifteen);
         low = _mm256_add_epi16(lo, _mm256_slli_epi16(k, 4));
         v0 = _mm256_add_epi16(v0, low);
@@ -57,17 +71,42 @@ INLINE __m512i four_of(const int8_t *bytes) {
     return _mm512_set1_epi32(four);
 }
 
-/* Levels of unit s of a line. */
-INLINE __m512i byte_unit(__m512i table, __m512i line, int s) {
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(line, (unsigned)(2 * s)), _mm512_set1_epi8(3)));
+INLINE __m512i byte_table(const tqai_codec *codec, int bits, int offset) {
+    int8_t level[16];
+    for (int i = 0; i < 16; i++) level[i] = (int8_t)(codec->byte_levels[i % (1 << bits)] + offset);
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)level));
 }
 
-INLINE __m512i byte_table(const tqai_codec *codec, int offset) {
-    int8_t level[4];
-    int32_t four;
-    for (int i = 0; i < 4; i++) level[i] = (int8_t)(codec->byte_levels[i] + offset);
-    memcpy(&four, level, sizeof four);
-    return _mm512_set1_epi32(four);
+/* *sum += products, in the order in which it is written: the compiler would move them about until 32 registers are
+ * too few. */
+INLINE void add_bytes(__m512i *sum, __m512i without_sign, __m512i with_sign) {
+    *sum = _mm512_dpbusd_epi32(*sum, without_sign, with_sign);
+    __asm__ volatile("" : "+v"(*sum));
+}
+
+/* Levels of units 2 two and 2 two + 1 of quad first + i (i 0 or 1, first even). The same lines of `next` are
+ * prefetched. */
+INLINE void two_units(__m512i table, int bits, const uint8_t *codes, const uint8_t *next, int high, int first, int i,
+                      int two, __m512i *unit) {
+    const int per_line = bits == 4 ? 2 : 4;
+#pragma GCC unroll 2
+    for (int s = 2 * two; s < 2 * two + 2; s++) {
+        const int at = LINE_BYTES * (4 / per_line * (first + i) + s / per_line);
+        __m512i line = _mm512_loadu_si512(codes + at);
+        if (s % 2 == 0) __asm__ volatile("" : "+v"(line)); /* nor is it loaded earlier */
+        __m512i index = _mm512_srli_epi16(line, (unsigned)(8 / per_line * (s % per_line)));
+        if (s % per_line == 0) _mm_prefetch((const char *)next + at, _MM_HINT_T1);
+        if (bits == 3) {
+            const int bit = 4 * i + s, top_at = high + LINE_BYTES * (first / 2);
+            const __m512i top = _mm512_loadu_si512(codes + top_at);
+            if (bit == 0) _mm_prefetch((const char *)next + top_at, _MM_HINT_T1);
+            index = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), index,
+                                              bit < 2 ? _mm512_slli_epi16(top, (unsigned)(bit < 2 ? 2 - bit : 0))
+                                                      : _mm512_srli_epi16(top, (unsigned)(bit < 2 ? 0 : bit - 2)), 0xCA);
+        }
+        index = _mm512_and_si512(index, _mm512_set1_epi8((char)((1 << bits) - 1)));
+        unit[s % 2] = _mm512_shuffle_epi8(table, index);
+    }
 }
 
 /* Query rows as bytes, and for every row of bytes what 128 times their sum is, negative. */
@@ -83,9 +122,9 @@ INLINE void split_keys(const int16_t *q, int dim, int rows, int8_t *bytes, int32
     }
 }
 
-/* 16 dots of a row from the sums of its high parts and of the low parts that it shares. */
+/* 16 dots of a row from the sums of its high parts and of the low parts that it shares; less than a unit is lost. */
 INLINE void store_dots(__m512i high, __m512i low, int second, int32_t *to) {
-    const __m512i rest = second ? _mm512_srai_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(8)), 4) : low;
+    const __m512i rest = second ? _mm512_srai_epi32(low, 4) : low;
     _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_slli_epi32(high, 4), rest));
 }
 
@@ -95,102 +134,98 @@ INLINE void add_sums(__m512 high, __m512 low, int second, float step, float *to)
     _mm512_storeu_ps(to, _mm512_fmadd_ps(value, _mm512_set1_ps(step), _mm512_loadu_ps(to)));
 }
 
-INLINE void key_bytes(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
+typedef int32_t __attribute__((may_alias, aligned(1))) four_bytes;
+INLINE void key_bytes(const tqai_codec *codec, int bits, const uint8_t *const *codes, const uint8_t *const *next, int pages,
                       const int16_t *q, int rows, int32_t *dots) {
-    const int dim = codec->head_dim;
-    const __m512i table = byte_table(codec, 128);
+    const int dim = codec->head_dim, high = (int)tqai_high_plane_at(dim);
+    const __m512i table = byte_table(codec, bits, 128);
     int8_t bytes[BYTE_ROWS(MAX_ROWS) * TQAI_MAX_HEAD_DIM];
     int32_t bias[BYTE_ROWS(MAX_ROWS)];
     split_keys(q, dim, rows, bytes, bias);
-    for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS)
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) { /* two groups of 16 tokens */
-            __m512i sum[BYTE_ROWS(MAX_ROWS)][2];
+    for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
+        __m512i sum[BYTE_ROWS(MAX_ROWS)][4];
+        __asm__ volatile("" : : "r"(bias) : "memory"); /* loaded for every page: there are no registers left to keep it */
 #pragma GCC unroll 6
-            for (int b = 0; b < BYTE_ROWS(rows); b++) sum[b][0] = sum[b][1] = _mm512_set1_epi32(bias[b]);
+        for (int b = 0; b < BYTE_ROWS(rows); b++)
 #pragma GCC unroll 4
-            for (int p = 0; p < dim / 4; p++) {
-                const __m512i line = _mm512_loadu_si512(codes[page] + LINE_BYTES * p);
-                const __m512i one = byte_unit(table, line, 2 * half), two = byte_unit(table, line, 2 * half + 1);
-                if (p % 2 == half) _mm_prefetch((const char *)next[page] + LINE_BYTES * p, _MM_HINT_T1);
+            for (int g = 0; g < 4; g++) sum[b][g] = _mm512_set1_epi32(bias[b]);
+        for (int p = 0; p < dim / 4; p += 2)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                __m512i unit[2];
+                two_units(table, bits, codes[page], next[page], high, p, i / 2, i % 2, unit);
 #pragma GCC unroll 6
                 for (int b = 0; b < BYTE_ROWS(rows); b++) {
-                    const __m512i factor = four_of(bytes + b * dim + 4 * p);
-                    sum[b][0] = _mm512_dpbusd_epi32(sum[b][0], one, factor);
-                    sum[b][1] = _mm512_dpbusd_epi32(sum[b][1], two, factor);
+                    const four_bytes *factor = (const four_bytes *)(bytes + b * dim + 4 * (p + i / 2));
+                    __asm__ volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum[b][i % 2 * 2]) : "v"(unit[0]), "m"(*factor));
+                    __asm__ volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum[b][i % 2 * 2 + 1]) : "v"(unit[1]), "m"(*factor));
                 }
             }
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
-                for (int g = 0; g < 2; g++)
-                    store_dots(sum[r][g], sum[rows + r / 2][g], r % 2, dots + r * BLOCK_TOKENS + 32 * half + 16 * g);
-        }
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; g++) store_dots(sum[r][g], sum[rows + r / 2][g], r % 2, dots + r * BLOCK_TOKENS + 16 * g);
+    }
 }
 
-/* `count` (1 or 2) of the `groups` (1, 2 or 4) groups of 16 dims of a chunk, from group `first` on. A line holds
- * 4 / groups quads of tokens. */
-INLINE void value_byte_groups(const tqai_codec *codec, __m512i table, const uint8_t *const *codes,
-                              const uint8_t *const *next, int pages, const int8_t *bytes, const float *step, int rows,
-                              int chunk, int groups, int first, int count, float *acc) {
-    const int quads = 4 / groups;
-    __m512i sum[BYTE_ROWS(MAX_ROWS)][2];
+/* A chunk of `groups` (1, 2 or 4) groups of 16 dims; a quad of units holds 4 / groups quads of tokens. */
+INLINE void value_byte_chunk(const tqai_codec *codec, int bits, __m512i table, const uint8_t *const *codes,
+                             const uint8_t *const *next, int pages, const int8_t *bytes, const float *step, int rows,
+                             int chunk, int groups, float *acc) {
+    const int tokens = 4 / groups, high = (int)tqai_high_plane_at(codec->head_dim);
+    __m512i sum[BYTE_ROWS(MAX_ROWS)][4];
 #pragma GCC unroll 6
-    for (int b = 0; b < BYTE_ROWS(rows); b++) sum[b][0] = sum[b][1] = _mm512_setzero_si512();
-    for (int page = 0; page < pages; page++)
-        for (int i = 0; i < 16 / quads; i++) {
-            const __m512i line = _mm512_loadu_si512(codes[page] + LINE_BYTES * (16 * chunk + i));
-            if (i % 2 == first / 2) _mm_prefetch((const char *)next[page] + LINE_BYTES * (16 * chunk + i), _MM_HINT_T1);
+    for (int b = 0; b < BYTE_ROWS(rows); b++)
 #pragma GCC unroll 4
-            for (int quad = 0; quad < quads; quad++) {
-                const __m512i one = byte_unit(table, line, quad * groups + first);
-                const __m512i two = count == 1 ? one : byte_unit(table, line, quad * groups + first + 1);
+        for (int g = 0; g < groups; g++) sum[b][g] = _mm512_setzero_si512();
+    for (int page = 0; page < pages; page++)
+        for (int quad = 0; quad < 4 * groups; quad += 2)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                __m512i unit[2];
+                two_units(table, bits, codes[page], next[page], high, 16 * chunk + quad, i / 2, i % 2, unit);
 #pragma GCC unroll 6
                 for (int b = 0; b < BYTE_ROWS(rows); b++) {
-                    const __m512i weight = four_of(bytes + b * BLOCK_TOKENS + TQAI_PAGE_TOKENS * page + 4 * (i * quads + quad));
-                    sum[b][0] = _mm512_dpbusd_epi32(sum[b][0], weight, one);
-                    if (count == 2) sum[b][1] = _mm512_dpbusd_epi32(sum[b][1], weight, two);
+                    const int8_t *of_page = bytes + b * BLOCK_TOKENS + TQAI_PAGE_TOKENS * page + 4 * tokens * (quad + i / 2);
+#pragma GCC unroll 2
+                    for (int s = 0; s < 2; s++)
+                        add_bytes(&sum[b][(i % 2 * 2 + s) % groups], four_of(of_page + 4 * ((i % 2 * 2 + s) / groups)), unit[s]);
                 }
             }
-        }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
-        for (int g = 0; g < count; g++)
+#pragma GCC unroll 4
+        for (int g = 0; g < groups; g++)
             add_sums(_mm512_cvtepi32_ps(sum[r][g]), _mm512_cvtepi32_ps(sum[rows + r / 2][g]), r % 2, step[r],
-                     acc + r * codec->head_dim + 64 * chunk + 16 * (first + g));
+                     acc + r * codec->head_dim + 64 * chunk + 16 * g);
 }
 
-INLINE void value_bytes(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
-                        const int16_t *w, const float *step, int rows, float *acc) {
-    const __m512i table = byte_table(codec, 0);
+INLINE void value_bytes(const tqai_codec *codec, int bits, const uint8_t *const *codes, const uint8_t *const *next,
+                        int pages, const int16_t *w, const float *step, int rows, float *acc) {
+    const __m512i table = byte_table(codec, bits, 0);
     int8_t bytes[BYTE_ROWS(MAX_ROWS) * BLOCK_TOKENS];
     split_rows(w, BLOCK_TOKENS, TQAI_PAGE_TOKENS * pages, rows, 0, bytes, BLOCK_TOKENS);
     for (int chunk = 0; chunk < (codec->head_dim + 63) / 64; chunk++) {
         const int groups = tqai_chunk_groups(codec->head_dim, 64 * chunk);
-        if (groups == 4) {
-            value_byte_groups(codec, table, codes, next, pages, bytes, step, rows, chunk, 4, 0, 2, acc);
-            value_byte_groups(codec, table, codes, next, pages, bytes, step, rows, chunk, 4, 2, 2, acc);
-        } else if (groups == 2) {
-            value_byte_groups(codec, table, codes, next, pages, bytes, step, rows, chunk, 2, 0, 2, acc);
-        } else {
-            value_byte_groups(codec, table, codes, next, pages, bytes, step, rows, chunk, 1, 0, 1, acc);
-        }
+        if (groups == 4) value_byte_chunk(codec, bits, table, codes, next, pages, bytes, step, rows, chunk, 4, acc);
+        else if (groups == 2) value_byte_chunk(codec, bits, table, codes, next, pages, bytes, step, rows, chunk, 2, acc);
+        else value_byte_chunk(codec, bits, table, codes, next, pages, bytes, step, rows, chunk, 1, acc);
     }
 }
 
-#define SPECIAL_BYTES(rows)                                                                                          \
-    static __attribute__((noinline)) void keys_bytes_##rows(const tqai_codec *c, const uint8_t *const *p,            \
-                                                            const uint8_t *const *next, int pages, const int16_t *q, \
-                                                            int32_t *dots) {                                         \
-        key_bytes(c, p, next, pages, q, rows, dots);                                                                 \
+#define SPECIAL_BYTES(bits, rows)                                                                                    \
+    static __attribute__((noinline)) void keys_bytes_##bits##_##rows(                                                \
+        const tqai_codec *c, const uint8_t *const *p, const uint8_t *const *next, int pages, const int16_t *q,       \
+        int32_t *dots) {                                                                                             \
+        key_bytes(c, bits, p, next, pages, q, rows, dots);                                                           \
     }                                                                                                                \
-    static __attribute__((noinline)) void values_bytes_##rows(const tqai_codec *c, const uint8_t *const *p,          \
-                                                              const uint8_t *const *next, int pages,                 \
-                                                              const int16_t *w, const float *step, float *acc) {     \
-        value_bytes(c, p, next, pages, w, step, rows, acc);                                                          \
+    static __attribute__((noinline)) void values_bytes_##bits##_##rows(                                              \
+        const tqai_codec *c, const uint8_t *const *p, const uint8_t *const *next, int pages, const int16_t *w,       \
+        const float *step, float *acc) {                                                                             \
+        value_bytes(c, bits, p, next, pages, w, step, rows, acc);                                                    \
     }
-SPECIAL_BYTES(1) SPECIAL_BYTES(2) SPECIAL_BYTES(4)
+#define ALL_ROWS_OF_BYTES(bits) SPECIAL_BYTES(bits, 1) SPECIAL_BYTES(bits, 2) SPECIAL_BYTES(bits, 4)
+ALL_ROWS_OF_BYTES(2) ALL_ROWS_OF_BYTES(3) ALL_ROWS_OF_BYTES(4)
 
 static int any_below_zero(const int16_t *w, int tokens, int rows) {
     __m512i all = _mm512_setzero_si512();

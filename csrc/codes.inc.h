@@ -63,8 +63,8 @@ static void plane_unpack(int is_value, int dim, int terms, int bits, int shift, 
 static void pack_page(const tqai_codec *codec, int is_value, const uint8_t *index, uint8_t *codes) {
     const int dim = codec->head_dim;
     if (codec->bits == 3) {
-        plane_pack(is_value, dim, 2, 2, 0, index, codes);
-        plane_pack(is_value, dim, 2, 1, 2, index, codes + tqai_high_plane_at(dim));
+        plane_pack(is_value, dim, 4, 2, 0, index, codes);
+        plane_pack(is_value, dim, 4, 1, 2, index, codes + tqai_high_plane_at(dim));
     } else {
         plane_pack(is_value, dim, tqai_terms(codec->bits), codec->bits, 0, index, codes);
     }
@@ -74,8 +74,8 @@ static void unpack_page(const tqai_codec *codec, int is_value, const uint8_t *co
     const int dim = codec->head_dim;
     memset(index, 0, (size_t)64 * (size_t)dim);
     if (codec->bits == 3) {
-        plane_unpack(is_value, dim, 2, 2, 0, codes, index);
-        plane_unpack(is_value, dim, 2, 1, 2, codes + tqai_high_plane_at(dim), index);
+        plane_unpack(is_value, dim, 4, 2, 0, codes, index);
+        plane_unpack(is_value, dim, 4, 1, 2, codes + tqai_high_plane_at(dim), index);
     } else {
         plane_unpack(is_value, dim, tqai_terms(codec->bits), codec->bits, 0, codes, index);
     }

@@ -19,7 +19,8 @@ static inline void prefetch(const tqai_codec *codec, const uint8_t *codes, int p
 }
 
 static void key_dots_unpacked(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next,
-                              int pages, const int16_t *q, int rows, int32_t *dots) {
+                              int pages, const int16_t *q, int rows, int fine, int32_t *dots) {
+    (void)fine;
     _Alignas(64) int16_t level[2 * TQAI_MAX_HEAD_DIM * UNIT];
     for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
         unpack_levels(codec, 0, codes[page], level);

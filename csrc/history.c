@@ -30,6 +30,16 @@ static inline void prefetch_scales(const tqai_page_format *f, const uint8_t *pag
     __builtin_prefetch(page + f->value_scales_at + 64, 0, 2);
 }
 
+/* Whether the logits of some rows are so far apart that byte factors of the queries would show: by the length of the
+ * longest query and of the longest key. The same for every thread and batch. */
+static int needs_fine(const job *j, size_t query, int rows, float largest_scale) {
+    const tqai_codec *key = &j->args->format->key;
+    if (key->kind != TQAI_SCALAR || !j->kernels->of_bytes(key)) return 0;
+    float longest = 0.0f;
+    for (int r = 0; r < rows; r++) longest = j->length[query + (size_t)r] > longest ? j->length[query + (size_t)r] : longest;
+    return longest * largest_scale > DEVIATION_OF_BYTES;
+}
+
 /* One head of a block. `next` has `pages` addresses of records to prefetch. */
 static void head_block(const job *j, const place *at, const uint8_t *const *page, const uint8_t *const *next, int pages,
                        int first, int64_t column) {
@@ -47,20 +57,24 @@ static void head_block(const job *j, const place *at, const uint8_t *const *page
         j->kernels->scales(f, page[p], 1, VALUE_DOWN, value_scale + TQAI_PAGE_TOKENS * p);
     }
     /* few scales are prefetched at a time: for more lines than a core can keep track of it would wait */
-    const int step_pages = j->kernels->of_bytes(&f->key) ? 4 : 1;
+    const int step_pages = 4;
+    const float largest_scale = j->kernels->largest(key_scale, TQAI_PAGE_TOKENS * pages);
     for (int r = 0, rows; r < j->rows; r += rows) {
         rows = tqai_block_rows(j->rows - r);
         const size_t query = (size_t)at->pair * (size_t)j->rows + (size_t)r, row = at->first_row + (size_t)r;
         const int16_t *q = j->q + query * (size_t)f->key.head_dim;
+        const int fine = needs_fine(j, query, rows, largest_scale);
+        float factor[MAX_ROWS];
+        for (int i = 0; i < rows; i++) factor[i] = j->factor[query + (size_t)i] * (fine ? 1.0f / FACTOR_PARTS : 1.0f);
         for (int p = 0; p < pages; p += step_pages) {
             const int count = pages - p < step_pages ? pages - p : step_pages;
-            j->kernels->key_dots(&f->key, page + p, next + p, count, q, rows, dots + TQAI_PAGE_TOKENS * p);
+            j->kernels->key_dots(&f->key, page + p, next + p, count, q, rows, fine, dots + TQAI_PAGE_TOKENS * p);
             for (int i = p; i < p + count && r == 0; i++) prefetch_scales(f, next[i]);
         }
         block_mask mask = {.stride = a->mask_strides[3], .first = first};
         for (int i = 0; i < rows; i++) mask.row[i] = tqai_mask_at(j, at, r + i, column);
         float *acc = j->acc + row * (size_t)f->value.head_dim;
-        j->kernels->softmax_block(dots, j->factor + query, key_scale, value_scale, &f->value,
+        j->kernels->softmax_block(dots, factor, key_scale, value_scale, &f->value,
                                   a->mask || first ? &mask : NULL, a->softcap, TQAI_PAGE_TOKENS * pages, rows,
                                   j->state + row, acc, w, step);
         j->kernels->value_sums(&f->value, values, next_values, pages, w, step, rows, acc);

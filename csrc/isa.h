@@ -7,8 +7,13 @@
 
 #define BLOCK_PAGES 8 /* pages that share one softmax maximum and one integer scale of the weights */
 #define BLOCK_TOKENS (BLOCK_PAGES * TQAI_PAGE_TOKENS)
-#define KEY_FACTOR_OF_BYTES 1904
-#define WEIGHT_OF_BYTES 3825
+/* Factors of byte levels are whole numbers of eighths of units, within these limits. */
+#define FACTOR_PARTS 8
+#define KEY_FACTOR_OF_BYTES (1904 * FACTOR_PARTS)
+#define WEIGHT_OF_BYTES (3825 * FACTOR_PARTS)
+/* Byte factors of queries are for logits whose standard deviation is at most this: rounding them moves a logit by
+ * 4e-4 of it. */
+#define DEVIATION_OF_BYTES 3.0f
 #define MAX_ROWS 4 /* query rows that one kernel call takes: 1, 2 or 4 */
 /* Values are summed as value * 2^-24, so that a sum over 2^24 of the largest floats stays finite. */
 #define VALUE_DOWN 5.9604644775390625e-08f
@@ -47,13 +52,16 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    /* Whether sides of that codec are multiplied as bytes (byte_levels, byte_step) and not as 16-bit levels;
-     * queries are then whole numbers within +-KEY_FACTOR_OF_BYTES, weights within +-WEIGHT_OF_BYTES. */
+    /* Whether factors of that codec's levels are bytes (bytes_avx512.inc.h) and not 16-bit numbers: queries are then
+     * whole numbers within +-KEY_FACTOR_OF_BYTES, weights within +-WEIGHT_OF_BYTES, dots in units of FACTOR_PARTS. */
     int (*of_bytes)(const tqai_codec *codec);
-    /* dots[r * BLOCK_TOKENS + 64 page + t] = sum over d of q[r * head_dim + d] * level(key t, dim d).
+    /* dots[r * BLOCK_TOKENS + 64 page + t] = sum over d of q[r * head_dim + d] * level(key t, dim d); of byte factors in
+     * units of FACTOR_PARTS, unless `fine`: then factors of 16 bits are to be used even so.
      * `next` (any addresses): codes to come are prefetched from there, byte for byte as codes are read. */
     void (*key_dots)(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
-                     const int16_t *q, int rows, int32_t *dots);
+                     const int16_t *q, int rows, int fine, int32_t *dots);
+    /* Largest of those of n floats (a multiple of 16) that are numbers, -inf if none is. */
+    float (*largest)(const float *x, int n);
     /* acc[r * head_dim + d] += step[r] * sum over pages, t of w[r * BLOCK_TOKENS + 64 page + t] * level;
      * `next` as for key_dots */
     void (*value_sums)(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,

@@ -23,6 +23,7 @@ typedef struct {
     row_state *state;               /* [pairs][parts][rows] */
     int16_t *q;                     /* [pairs][rows][key_dim], rotated */
     float *factor;                  /* [pairs][rows]: what a dot product with q is to be multiplied by */
+    float *length;                  /* [pairs][rows]: of the scaled query over sqrt(key_dim) */
     atomic_int *rotated;            /* [pairs]: 0 not yet, 1 somebody is at it, 2 q and factor are there */
     atomic_int *finished;           /* [pairs]: history parts that are done */
 } job;

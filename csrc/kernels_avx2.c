@@ -1,15 +1,15 @@
 /* kernels_avx2.c: AVX2.
  *
- * Half a line (32 bytes) holds 8 lanes of several units. A pass takes one or two of the units through all lines
- * of a side, unpacks them in registers and adds products to sums that stay in registers:
+ * Half a line (32 bytes) holds 8 lanes of several units of four terms (layout.h). A pass takes two units of every
+ * quad of them through a side, unpacks their codes in registers and adds products to sums that stay in registers:
  *
- *   2 bits   byte e = 4 t + j        >> 2 s, & 3: unit s. Two byte shuffles look up the low and the high bytes
- *                                    of 32 levels, two byte unpacks put them together
- *   4 bits   word | n3 n2 | n1 n0 |  >> 4 s, & 0x0F0F: units s and s + 2, one in each byte of the words; two byte
- *                                    shuffles, then shifts and blends part the units
- *   3 bits   likewise >> 2 s, & 0x0303, bit 2 from the high plane: units s and s + 4
+ *   4 bits   byte e = | unit 1 | unit 0 |      >> 4 i, & 15: codes of unit i. A byte shuffle looks up 32 levels
+ *                                              (+ 128, so that they have no sign; 128 times the sum of factors is
+ *                                              taken off at the end)
+ *   word     | term 1 | term 0 |               & 255: terms 0 and 2 of each lane; >> 8: terms 1 and 3
  *
- * vpmaddwd adds the products of two terms into a lane. 8-bit codes, and codecs with steps of their own, are
+ * 2 and 3 bits likewise. vpmaddwd adds the products of two terms into a lane. Levels that are no bytes take two byte
+ * shuffles, one for their low and one for their high bytes. 8-bit codes, and codecs with steps of their own, are
  * unpacked into a buffer in the first-level cache first (generic.inc.h).
  */
 #include <float.h>
@@ -30,31 +30,21 @@ static inline int of_bytes(const tqai_codec *codec) { return (void)codec, 0; }
 
 #define INLINE static inline __attribute__((always_inline))
 
+#define LEVEL_OFFSET 128
+
 typedef struct {
-    __m256i low, high; /* bytes of up to 16 levels, in both halves */
+    __m256i low, high; /* bytes of up to 16 levels, in both halves; of byte levels only low: + LEVEL_OFFSET */
 } levels;
 
-/* The table of 4, 8 or 16 levels, repeated, as low and high bytes. */
-INLINE levels level_table(const tqai_codec *codec, int bits) {
-    const __m128i *from = (const __m128i *)codec->levels;
-    const __m128i a = bits == 2 ? _mm_set1_epi64x(_mm_cvtsi128_si64(_mm_loadl_epi64(from))) : _mm_loadu_si128(from);
-    const __m128i b = bits == 4 ? _mm_loadu_si128(from + 1) : a, low_byte = _mm_set1_epi16(0xFF);
-    const __m128i low = _mm_packus_epi16(_mm_and_si128(a, low_byte), _mm_and_si128(b, low_byte));
-    const __m128i high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
-    return (levels){_mm256_broadcastsi128_si256(low), _mm256_broadcastsi128_si256(high)};
-}
-
-/* What a pass reads: `lines` lines, a multiple of 4, of 4 (2 and 4 bits) or 8 (3 bits) units. */
-typedef struct {
-    const uint8_t *codes, *high, *next; /* high: plane of high bits; next: prefetched from */
-    int lines;
-} chunk;
-
-/* Each of `passes` passes (a power of two) prefetches some of the lines. */
-INLINE void prefetch_line(const chunk *c, int bits, int line, int passes, int pass) {
-    if (line % 4 != pass % 4 || (passes == 8 && line % 8 != pass)) return;
-    _mm_prefetch((const char *)c->next + LINE_BYTES * line, _MM_HINT_T1);
-    if (bits == 3) _mm_prefetch((const char *)c->next + (c->high - c->codes) + LINE_BYTES * (line / 2), _MM_HINT_T1);
+INLINE levels level_table(const tqai_codec *codec, int bits, int small) {
+    uint8_t low[16], high[16];
+    for (int i = 0; i < 16; i++) {
+        const uint16_t level = (uint16_t)(codec->levels[i % (1 << bits)] + (small ? LEVEL_OFFSET : 0));
+        low[i] = (uint8_t)level;
+        high[i] = (uint8_t)(level >> 8);
+    }
+    return (levels){_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)low)),
+                    _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)high))};
 }
 
 /* *sum += x, in the order in which it is written: the compiler would add up several lines first, and has not
@@ -64,110 +54,119 @@ INLINE void add_to(__m256i *sum, __m256i x) {
     __asm__("" : "+x"(*sum));
 }
 
-/* sum[r][0], sum[r][1] += products of the levels of unit s, 4 lanes of two partial sums each. */
-INLINE void pass_of_bytes(levels table, const chunk *c, int groups, int half, int s, const int16_t *terms, int row,
-                          int rows, __m256i (*sum)[2]) {
-    for (int line4 = 0; line4 < c->lines; line4 += 4) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const int line = line4 + i;
-            const __m256i word = _mm256_loadu_si256((const __m256i *)(c->codes + LINE_BYTES * line + 32 * half));
-            const __m256i index = _mm256_and_si256(_mm256_srli_epi16(word, 2 * s), _mm256_set1_epi8(3));
-            const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
-            const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
-            const int16_t *quad = terms + 4 * (line * (4 / groups) + s / groups);
-            prefetch_line(c, 2, line, 8, 4 * half + s);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                int64_t four;
-                memcpy(&four, quad + r * row, sizeof four);
-                const __m256i factor = _mm256_set1_epi64x(four);
-                add_to(&sum[r][0], _mm256_madd_epi16(a, factor));
-                add_to(&sum[r][1], _mm256_madd_epi16(b, factor));
-            }
-        }
-    }
-}
-
 INLINE __m256i pair_of(const int16_t *terms) {
     int32_t both;
     memcpy(&both, terms, sizeof both);
     return _mm256_set1_epi32(both);
 }
 
-/* sum[r][0] += products of unit s, sum[r][1] += those of unit s + 2 (4 bits) or s + 4 (3 bits); 8 lanes. */
-INLINE void pass_of_words(levels table, const chunk *c, int bits, int groups, int half, int s, const int16_t *terms,
-                          int row, int rows, __m256i (*sum)[2]) {
-    const int units = bits == 4 ? 4 : 8, passes = bits == 4 ? 4 : 8;
-    for (int line4 = 0; line4 < c->lines; line4 += 4) {
+/* Factors of four terms in the order 0, 2, 1, 3, count a multiple of 16; bias[i] is what LEVEL_OFFSET adds to sums over
+ * the fours 4 k + i, negative. */
+INLINE void order_pairs(const int16_t *from, int count, int16_t *to, int32_t *bias) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int i = 0; i < count; i += 16) {
+        const __m256i x = _mm256_loadu_si256((const __m256i *)(from + i));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, _mm256_set1_epi16(1)));
+        _mm256_storeu_si256((__m256i *)(to + i), _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(x, 0xD8), 0xD8));
+    }
+    const __m128i four = _mm_hadd_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    _mm_storeu_si128((__m128i *)bias, _mm_mullo_epi32(four, _mm_set1_epi32(-LEVEL_OFFSET)));
+}
+
+/* What a pass reads: `quads` quads, an even number, from `codes` and, of 3 bits, `high` on. */
+typedef struct {
+    const uint8_t *codes, *high, *next; /* next: prefetched from */
+    int quads;
+} chunk;
+
+/* Codes of units 2 * two and 2 * two + 1 of quad `quad`, odd or not; half h. */
+INLINE void two_indices(const chunk *c, int bits, int quad, int odd, int h, int two, __m256i *index) {
+    const int line = bits == 4 ? 2 * quad + two : quad;
+    const __m256i bytes = _mm256_loadu_si256((const __m256i *)(c->codes + LINE_BYTES * line + 32 * h));
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const int down = bits == 4 ? 4 * i : 4 * two + 2 * i;
+        index[i] = _mm256_and_si256(_mm256_srli_epi16(bytes, down), _mm256_set1_epi8(bits == 4 ? 15 : 3));
+        if (bits == 3) {
+            const int bit = 4 * odd + 2 * two + i;
+            const __m256i top = _mm256_loadu_si256((const __m256i *)(c->high + LINE_BYTES * (quad / 2) + 32 * h));
+            const __m256i there = bit < 2 ? _mm256_slli_epi16(top, 2 - bit) : _mm256_srli_epi16(top, bit - 2);
+            index[i] = _mm256_or_si256(index[i], _mm256_and_si256(there, _mm256_set1_epi8(4)));
+        }
+    }
+    /* each of the four passes prefetches some of the lines */
+    if (bits == 4 ? odd == h : quad % 4 == 2 * h + two) _mm_prefetch((const char *)c->next + LINE_BYTES * line, _MM_HINT_T1);
+    if (bits == 3 && !odd && quad % 4 == 2 * h + two) _mm_prefetch((const char *)c->next + (c->high - c->codes) + LINE_BYTES * (quad / 2), _MM_HINT_T1);
+}
+
+/* 32 levels as words: terms 0 and 2 of every lane, terms 1 and 3. */
+INLINE void pairs_of_levels(levels table, int small, __m256i index, __m256i *even, __m256i *odd) {
+    const __m256i low = _mm256_shuffle_epi8(table.low, index), low_byte = _mm256_set1_epi16(0xFF);
+    *even = _mm256_and_si256(low, low_byte);
+    *odd = _mm256_srli_epi16(low, 8);
+    if (!small) {
+        const __m256i high = _mm256_shuffle_epi8(table.high, index);
+        *even = _mm256_or_si256(*even, _mm256_slli_epi16(high, 8));
+        *odd = _mm256_or_si256(*odd, _mm256_andnot_si256(low_byte, high));
+    }
+}
+
+/* sum[r][i] += products of unit 2 * two + i of every quad, lanes 8 h .. 8 h + 7. Factors of four terms are in the
+ * order 0, 2, 1, 3; those of unit s of quad q are the (4 q + s) / groups'th. */
+INLINE void pass(levels table, const chunk *c, int bits, int small, int groups, int h, int two, const int16_t *factors,
+                 int row, int rows, __m256i (*sum)[2]) {
+    for (int first = 0; first < c->quads; first += 2) {
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; q++) {
+            __m256i index[2];
+            two_indices(c, bits, first + q, q, h, two, index);
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                const int16_t *four = factors + 4 * ((4 * (first + q) + 2 * two + i) / groups);
+                __m256i even, odd;
+                pairs_of_levels(table, small, index[i], &even, &odd);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const int line = line4 + i;
-            /* even bytes before odd ones, which the unpacks below put apart */
-            const __m256i order = _mm256_broadcastsi128_si256(_mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0));
-            const __m256i line_bytes = _mm256_loadu_si256((const __m256i *)(c->codes + LINE_BYTES * line + 32 * half));
-            const __m256i word = bits == 4 ? _mm256_shuffle_epi8(line_bytes, order) : line_bytes;
-            __m256i index = _mm256_srli_epi16(word, (bits == 4 ? 4 : 2) * s);
-            if (bits == 4) {
-                index = _mm256_and_si256(index, _mm256_set1_epi8(15));
-            } else { /* bits 0..3 of the high plane belong to the low byte, 4..7 to the high byte, two places up */
-                const __m256i *plane = (const __m256i *)(c->high + LINE_BYTES * (line / 2) + 32 * half);
-                const __m256i top = _mm256_srli_epi16(_mm256_loadu_si256(plane), 8 * (i % 2) + s);
-                const __m256i bit = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(top, _mm256_set1_epi16(1)), 2),
-                                                    _mm256_slli_epi16(_mm256_and_si256(top, _mm256_set1_epi16(16)), 6));
-                index = _mm256_or_si256(_mm256_and_si256(index, _mm256_set1_epi8(3)), bit);
-            }
-            const __m256i low = _mm256_shuffle_epi8(table.low, index), high = _mm256_shuffle_epi8(table.high, index);
-            __m256i a, b;
-            if (bits == 4) {
-                a = _mm256_unpacklo_epi8(low, high);
-                b = _mm256_unpackhi_epi8(low, high);
-            } else {
-                const __m256i low_byte = _mm256_set1_epi16(0xFF);
-                a = _mm256_or_si256(_mm256_and_si256(low, low_byte), _mm256_slli_epi16(high, 8));
-                b = _mm256_or_si256(_mm256_andnot_si256(low_byte, high), _mm256_srli_epi16(low, 8));
-            }
-            const int16_t *one = terms + 2 * (line * (units / groups) + s / groups), *two = one;
-            if (units / 2 >= groups) two = terms + 2 * (line * (units / groups) + (s + units / 2) / groups);
-            prefetch_line(c, bits, line, passes, passes / 2 * half + s);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                const __m256i factor = pair_of(one + r * row);
-                add_to(&sum[r][0], _mm256_madd_epi16(a, factor));
-                add_to(&sum[r][1], _mm256_madd_epi16(b, two == one ? factor : pair_of(two + r * row)));
+                for (int r = 0; r < rows; r++) {
+                    add_to(&sum[r][i], _mm256_madd_epi16(even, pair_of(four + r * row)));
+                    add_to(&sum[r][i], _mm256_madd_epi16(odd, pair_of(four + r * row + 2)));
+                }
             }
         }
     }
 }
 
-INLINE int passes_of(int bits) { return bits == 4 ? 2 : 4; } /* over each half of the lines */
-
-INLINE void clear_sums(int rows, __m256i (*sum)[2]) {
+/* Sums of units 2 * two + i, from what is to be taken off; unit s of quad q has the (4 q + s) / groups'th factors. */
+INLINE void set_sums(int small, int32_t (*bias)[4], int groups, int two, int rows, __m256i (*sum)[2]) {
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) {
+            const uint32_t *b = (const uint32_t *)bias[r]; /* modulo 2^32, as the sums are */
+            const uint32_t total = groups == 4 ? b[0] + b[1] + b[2] + b[3] : groups == 2 ? b[two] + b[two + 2] : b[2 * two + i];
+            sum[r][i] = _mm256_set1_epi32(small ? (int32_t)total : 0);
+        }
 }
 
-INLINE void keys_of(const tqai_codec *codec, int bits, const uint8_t *codes, const uint8_t *next, const int16_t *q,
-                    int rows, int32_t *dots) {
-    const int dim = codec->head_dim, passes = passes_of(bits);
-    const levels table = level_table(codec, bits);
-    const chunk c = {codes, codes + tqai_high_plane_at(dim), next, bits == 3 ? dim / 4 : dim * bits / 8};
-#pragma GCC unroll 8
-    for (int pass = 0; pass < 2 * passes; pass++) {
-        const int half = pass / passes, s = pass % passes;
-        __m256i sum[MAX_ROWS][2];
-        clear_sums(rows, sum);
-        if (bits == 2) pass_of_bytes(table, &c, 4, half, s, q, dim, rows, sum);
-        else pass_of_words(table, &c, bits, 4, half, s, q, dim, rows, sum);
+INLINE void keys_of(const tqai_codec *codec, int bits, int small, const uint8_t *const *codes, const uint8_t *const *next,
+                    int pages, const int16_t *q, int rows, int32_t *dots) {
+    const int dim = codec->head_dim;
+    const levels table = level_table(codec, bits, small);
+    int16_t factors[MAX_ROWS * TQAI_MAX_HEAD_DIM];
+    int32_t bias[MAX_ROWS][4];
+    for (int r = 0; r < rows; r++) order_pairs(q + r * dim, dim, factors + r * dim, bias[r]);
+    for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
+        const chunk c = {codes[page], codes[page] + tqai_high_plane_at(dim), next[page], dim / 4};
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            int32_t *out = dots + r * BLOCK_TOKENS + 16 * s + 8 * half;
-            if (bits == 4) {
+        for (int i = 0; i < 4; i++) {
+            const int h = i / 2, two = i % 2;
+            __m256i sum[MAX_ROWS][2];
+            set_sums(small, bias, 4, two, rows, sum);
+            pass(table, &c, bits, small, 4, h, two, factors, dim, rows, sum);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                int32_t *out = dots + r * BLOCK_TOKENS + 32 * two + 8 * h;
                 _mm256_storeu_si256((__m256i *)out, sum[r][0]);
-                _mm256_storeu_si256((__m256i *)(out + 32), sum[r][1]);
-            } else {
-                _mm256_storeu_si256((__m256i *)out, bits == 2 ? _mm256_hadd_epi32(sum[r][0], sum[r][1])
-                                                              : _mm256_add_epi32(sum[r][0], sum[r][1]));
+                _mm256_storeu_si256((__m256i *)(out + 16), sum[r][1]);
             }
         }
     }
@@ -178,59 +177,58 @@ INLINE void add_scaled(float *out, __m256i sum, float step) {
     _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), value));
 }
 
-INLINE void values_of_chunk(const tqai_codec *codec, int bits, levels table, const uint8_t *const *codes,
-                            const uint8_t *const *next, int pages, const int16_t *w, const float *step, int rows,
-                            int at, int groups, float *acc) {
-    const int dim = codec->head_dim, passes = passes_of(bits), lines = bits == 3 ? 4 * groups : 2 * bits * groups;
-    const int64_t start = bits == 3 ? 1024 * at : 512 * bits * at, high = tqai_high_plane_at(dim) + 512 * at;
-#pragma GCC unroll 8
-    for (int pass = 0; pass < 2 * passes; pass++) {
-        const int half = pass / passes, s = pass % passes;
+/* The chunk of `groups` groups of 16 dims that begins at dim 64 * at. */
+INLINE void values_of_chunk(const tqai_codec *codec, int bits, int small, levels table, const uint8_t *const *codes,
+                            const uint8_t *const *next, int pages, const int16_t *factors, int32_t (*bias)[4],
+                            const float *step, int rows, int at, int groups, float *acc) {
+    const int dim = codec->head_dim;
+    const int64_t start = (int64_t)LINE_BYTES * 16 * at * (bits == 4 ? 2 : 1), high = tqai_high_plane_at(dim) + LINE_BYTES * 8 * at;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const int h = i / 2, two = i % 2;
         __m256i sum[MAX_ROWS][2];
-        clear_sums(rows, sum);
+        set_sums(small, bias, groups, two, rows, sum);
         for (int page = 0; page < pages; page++) {
-            const chunk c = {codes[page] + start, codes[page] + high, next[page] + start, lines};
-            const int16_t *weight = w + TQAI_PAGE_TOKENS * page;
-            if (bits == 2) pass_of_bytes(table, &c, groups, half, s, weight, BLOCK_TOKENS, rows, sum);
-            else pass_of_words(table, &c, bits, groups, half, s, weight, BLOCK_TOKENS, rows, sum);
+            const chunk c = {codes[page] + start, codes[page] + high, next[page] + start, 4 * groups};
+            pass(table, &c, bits, small, groups, h, two, factors + TQAI_PAGE_TOKENS * page, BLOCK_TOKENS, rows, sum);
         }
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            float *out = acc + r * dim + 64 * at + 16 * (s % groups) + 8 * half;
-            if (bits == 4 && groups == 4) {
-                add_scaled(out, sum[r][0], step[r]);
-                add_scaled(out + 32, sum[r][1], step[r]);
-            } else {
-                add_scaled(out, bits == 2 ? _mm256_hadd_epi32(sum[r][0], sum[r][1]) : _mm256_add_epi32(sum[r][0], sum[r][1]), step[r]);
-            }
-        }
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; k++) add_scaled(acc + r * dim + 64 * at + 16 * ((2 * two + k) % groups) + 8 * h, sum[r][k], step[r]);
     }
 }
 
-INLINE void values_of(const tqai_codec *codec, int bits, const uint8_t *const *codes, const uint8_t *const *next,
+INLINE void values_of(const tqai_codec *codec, int bits, int small, const uint8_t *const *codes, const uint8_t *const *next,
                       int pages, const int16_t *w, const float *step, int rows, float *acc) {
-    const levels table = level_table(codec, bits);
+    const levels table = level_table(codec, bits, small);
+    int16_t factors[MAX_ROWS * BLOCK_TOKENS];
+    int32_t bias[MAX_ROWS][4];
+    for (int r = 0; r < rows; r++)
+        order_pairs(w + r * BLOCK_TOKENS, TQAI_PAGE_TOKENS * pages, factors + r * BLOCK_TOKENS, bias[r]);
     for (int at = 0; at < (codec->head_dim + 63) / 64; at++) {
         const int groups = tqai_chunk_groups(codec->head_dim, 64 * at);
-        if (groups == 4) values_of_chunk(codec, bits, table, codes, next, pages, w, step, rows, at, 4, acc);
-        else if (groups == 2) values_of_chunk(codec, bits, table, codes, next, pages, w, step, rows, at, 2, acc);
-        else values_of_chunk(codec, bits, table, codes, next, pages, w, step, rows, at, 1, acc);
+        if (groups == 4) values_of_chunk(codec, bits, small, table, codes, next, pages, factors, bias, step, rows, at, 4, acc);
+        else if (groups == 2) values_of_chunk(codec, bits, small, table, codes, next, pages, factors, bias, step, rows, at, 2, acc);
+        else values_of_chunk(codec, bits, small, table, codes, next, pages, factors, bias, step, rows, at, 1, acc);
     }
 }
 
-/* A function of its own for every number of bits and rows, so that all of the above unrolls. */
-#define SPECIAL(bits, rows)                                                                                          \
-    static __attribute__((noinline)) void keys_##bits##_##rows(const tqai_codec *c, const uint8_t *codes,           \
-                                                               const uint8_t *next, const int16_t *q, int32_t *d) { \
-        keys_of(c, bits, codes, next, q, rows, d);                                                                  \
-    }                                                                                                               \
-    static __attribute__((noinline)) void values_##bits##_##rows(                                                   \
-        const tqai_codec *c, const uint8_t *const *codes, const uint8_t *const *next, int pages, const int16_t *w,  \
-        const float *step, float *acc) {                                                                            \
-        values_of(c, bits, codes, next, pages, w, step, rows, acc);                                                 \
+/* A function of its own for every number of bits and rows, of byte levels (small) or not, so that all of the above
+ * unrolls. */
+#define SPECIAL(bits, small, rows)                                                                                   \
+    static __attribute__((noinline)) void keys_##bits##_##small##_##rows(                                            \
+        const tqai_codec *c, const uint8_t *const *p, const uint8_t *const *next, int pages, const int16_t *q,       \
+        int32_t *dots) {                                                                                             \
+        keys_of(c, bits, small, p, next, pages, q, rows, dots);                                                      \
+    }                                                                                                                \
+    static __attribute__((noinline)) void values_##bits##_##small##_##rows(                                          \
+        const tqai_codec *c, const uint8_t *const *p, const uint8_t *const *next, int pages, const int16_t *w,       \
+        const float *step, float *acc) {                                                                             \
+        values_of(c, bits, small, p, next, pages, w, step, rows, acc);                                               \
     }
-#define ALL_ROWS(bits) SPECIAL(bits, 1) SPECIAL(bits, 2) SPECIAL(bits, 4)
-ALL_ROWS(2) ALL_ROWS(3) ALL_ROWS(4)
+#define ALL_ROWS(bits, small) SPECIAL(bits, small, 1) SPECIAL(bits, small, 2) SPECIAL(bits, small, 4)
+ALL_ROWS(2, 0) ALL_ROWS(3, 0) ALL_ROWS(4, 0) ALL_ROWS(2, 1) ALL_ROWS(3, 1) ALL_ROWS(4, 1)
 
 /* 32 of 128 bytes, `table[i]` ^ `table[i - 1]` of 16 each: a lookup gives 0 where its index is below 0. */
 INLINE __m256i look_up128(const __m128i *table, __m256i index) {
@@ -326,22 +324,25 @@ INLINE void values_column(const int16_t *units, int stride, const int16_t *w, in
         else if (rows == 2) name##_##bits##_2(__VA_ARGS__); \
         else name##_##bits##_1(__VA_ARGS__);           \
     } while (0)
-#define BY_BITS(name, ...)                             \
-    do {                                               \
-        if (codec->bits == 2) BY_ROWS(name, 2, __VA_ARGS__); \
-        else if (codec->bits == 3) BY_ROWS(name, 3, __VA_ARGS__); \
-        else BY_ROWS(name, 4, __VA_ARGS__);            \
+#define BY_BITS_OF(name, small, ...)                                    \
+    do {                                                                \
+        if (codec->bits == 2) BY_ROWS(name, 2_##small, __VA_ARGS__);    \
+        else if (codec->bits == 3) BY_ROWS(name, 3_##small, __VA_ARGS__); \
+        else BY_ROWS(name, 4_##small, __VA_ARGS__);                     \
+    } while (0)
+#define BY_BITS(name, ...)                                       \
+    do {                                                         \
+        if (codec->byte_levels) BY_BITS_OF(name, 1, __VA_ARGS__); \
+        else BY_BITS_OF(name, 0, __VA_ARGS__);                   \
     } while (0)
 
 static int in_registers(const tqai_codec *codec) { return codec->kind == TQAI_SCALAR && codec->bits <= 4; }
 
 static void key_dots(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
-                     const int16_t *q, int rows, int32_t *dots) {
+                     const int16_t *q, int rows, int fine, int32_t *dots) {
     if (codec->kind == TQAI_TRELLIS) BY_ROWS(keys, trellis, codec, codes, next, pages, q, dots);
-    else if (!in_registers(codec)) key_dots_unpacked(codec, codes, next, pages, q, rows, dots);
-    else
-        for (int page = 0; page < pages; page++)
-            BY_BITS(keys, codec, codes[page], next[page], q, dots + TQAI_PAGE_TOKENS * page);
+    else if (!in_registers(codec)) key_dots_unpacked(codec, codes, next, pages, q, rows, fine, dots);
+    else BY_BITS(keys, codec, codes, next, pages, q, dots);
 }
 
 static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,

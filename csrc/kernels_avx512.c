@@ -1,16 +1,18 @@
 /* kernels_avx512.c: AVX-512 with BW and VNNI.
  *
- * One quad is the four units that share one pair of terms (layout.h):
+ * Levels of 2 to 4 bits that are bytes, and trellis codes, are products of bytes (bytes_avx512.inc.h). Other levels
+ * have 16 bits; one quad is the four units that share one pair of terms, j and j + 2 of codes of 2 to 4 bits
+ * (layout.h), j = 0 and 1 in turns:
  *
- *   64-byte line, 4 bits   word e = | unit 3 | unit 2 | unit 1 | unit 0 |
- *                                      >>12     >>8      >>4       .         shift
+ *   64-byte line, 4 bits   word e = | unit 1, j 1 | unit 0, j 1 | unit 1, j 0 | unit 0, j 0 |
+ *                                        >>12          >>8           >>4            .         shift
  *                          vpermw   16 levels, twice over: the lookup takes 5 bits of index, the code
  *                                   has 4, and the bit above it does not matter
- *                          vpdpwssd lane t += q[2p] * level(t, 2p) + q[2p+1] * level(t, 2p+1)
+ *                          vpdpwssd lane t += q[4p] * level(t, 4p) + q[4p+2] * level(t, 4p+2)
  *
- * 3 bits likewise, with the table repeated 4 times; 8 bits look up four times in 64 levels; 2 bits are products
- * of bytes (bytes_avx512.inc.h).
- * The lookups run beside the products on other ports, so that unpacking is all but free at four rows.
+ * 2 and 3 bits likewise, with the table repeated 8 and 4 times; 8 bits look up four times in 64 levels, and their
+ * pairs are those of their units. The lookups run beside the products on other ports, so that unpacking is all but
+ * free at four rows.
  */
 #include <float.h>
 #include <immintrin.h>
@@ -23,9 +25,8 @@
 
 static inline int with_vbmi(void) { return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni"); }
 
-/* 2-bit levels are exact enough as bytes (bytes_avx512.inc.h), those of trellis codes are bytes. */
 static inline int of_bytes(const tqai_codec *codec) {
-    return codec->kind == TQAI_TRELLIS ? with_vbmi() : codec->kind == TQAI_SCALAR && codec->bits == 2;
+    return codec->kind == TQAI_TRELLIS ? with_vbmi() : codec->kind == TQAI_SCALAR && codec->byte_levels != NULL;
 }
 
 #include "convert.inc.h"
@@ -39,18 +40,18 @@ static inline int of_bytes(const tqai_codec *codec) {
 #define UNPACKED 16 /* "bits" of a side that a codec's own steps have unpacked to 16-bit levels (isa.h) */
 
 typedef struct {
-    __m512i part[8]; /* one table of 32 levels (3 and 4 bits) or eight of them (8 bits) */
+    __m512i part[8]; /* one table of 32 levels (2 to 4 bits) or eight of them (8 bits) */
 } levels;
 
 INLINE levels load_levels(const tqai_codec *codec, int bits) {
     levels out = {{_mm512_setzero_si512()}};
+    int16_t level[32];
     if (bits == UNPACKED) return out;
     if (bits == 8) {
         for (int i = 0; i < 8; i++) out.part[i] = _mm512_loadu_si512(codec->levels + 32 * i);
     } else {
-        const __m256i sixteen = bits == 4 ? _mm256_loadu_si256((const __m256i *)codec->levels)
-                                          : _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codec->levels));
-        out.part[0] = _mm512_broadcast_i64x4(sixteen);
+        for (int i = 0; i < 32; i++) level[i] = codec->levels[i % (1 << bits)];
+        out.part[0] = _mm512_loadu_si512(level);
     }
     return out;
 }
@@ -65,29 +66,53 @@ INLINE __m512i look_up8(const levels *table, __m512i index) {
     return _mm512_mask_blend_epi16(top, _mm512_mask_blend_epi16(upper, a, b), _mm512_mask_blend_epi16(upper, c, d));
 }
 
-/* Four quads, 4 * first .. : the levels of unit `unit` (0 to 15) after quad `first`, a multiple of 4. */
+/* Four quads, first .. first + 3: the levels of unit `unit` (0 to 15) after quad `first`, a multiple of 4. */
 INLINE __m512i unit_levels(const levels *table, int bits, const uint8_t *codes, const uint8_t *high, int first,
                            int unit) {
-    const int k = bits == 3 ? 8 : 16 / bits; /* units per line */
-    const __m512i line = _mm512_loadu_si512(codes + LINE_BYTES * (first * 4 / k + unit / k));
-    const int down = unit % k * (16 / k);
-    if (bits == UNPACKED) return line;
-    __m512i index = _mm512_srli_epi16(line, (unsigned)down);
-    if (bits == 8) return look_up8(table, index);
+    if (bits == UNPACKED) return _mm512_loadu_si512(codes + LINE_BYTES * (4 * first + unit));
+    if (bits == 8) {
+        const __m512i line = _mm512_loadu_si512(codes + LINE_BYTES * (2 * first + unit / 2));
+        return look_up8(table, _mm512_srli_epi16(line, (unsigned)(unit % 2 * 8)));
+    }
+    /* of 64 codes; j is the pair of terms */
+    const int per_line = bits == 4 ? 2 : 4, j = unit / 4 % 2, of_four = 4 * (unit / 8) + unit % 4;
+    const __m512i line = _mm512_loadu_si512(codes + LINE_BYTES * ((2 * first + of_four) / per_line));
+    __m512i index = _mm512_srli_epi16(line, (unsigned)(8 / per_line * (of_four % per_line) + 8 * j));
     if (bits == 3) {
         const __m512i top = _mm512_loadu_si512(high + LINE_BYTES * (first / 4));
-        const __m512i bit = unit >= 2 ? _mm512_srli_epi16(top, (unsigned)(unit >= 2 ? unit - 2 : 0))
-                                      : _mm512_slli_epi16(top, (unsigned)(unit >= 2 ? 0 : 2 - unit));
+        const int place = of_four + 8 * j;
+        const __m512i bit = place >= 2 ? _mm512_srli_epi16(top, (unsigned)(place >= 2 ? place - 2 : 0))
+                                       : _mm512_slli_epi16(top, (unsigned)(place >= 2 ? 0 : 2 - place));
         index = _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), index, bit, 0xCA); /* low 2 bits | bit 2 */
     }
     return _mm512_permutexvar_epi16(index, table->part[0]);
 }
 
-/* The lines of four quads, 4 * first .. , into the second-level cache. */
+/* Where the factors of a pair of terms lie: quad `quad`, the p'th of its `pairs`. */
+INLINE int pair_at(int bits, int quad, int pairs, int p) {
+    return bits < 8 ? 4 * (quad / 2 * pairs + p) + 2 * (quad % 2) : 2 * (quad * pairs + p);
+}
+
+/* Factors [rows][from_row] with those of four terms in the order 0, 2, 1, 3, where codes have less than 8 bits. */
+INLINE const int16_t *in_pairs(int bits, const int16_t *from, int from_row, int count, int rows, int16_t *to) {
+    if (bits >= 8) return from;
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < count; i += 4) {
+            const int16_t *four = from + r * from_row + i;
+            int16_t *out = to + r * from_row + i;
+            out[0] = four[0];
+            out[1] = four[2];
+            out[2] = four[1];
+            out[3] = four[3];
+        }
+    return to;
+}
+
+/* The lines of four quads, first .. , into the second-level cache. */
 INLINE void prefetch_quads(const tqai_codec *codec, const uint8_t *codes, int bits, int first) {
-    const int k = bits == 3 ? 8 : 16 / bits;
+    const int lines = bits == 3 ? 2 : bits; /* of four quads */
     if (bits == UNPACKED) return;
-    for (int i = 0; i < 16 / k; i++) _mm_prefetch((const char *)(codes + LINE_BYTES * (first * 4 / k + i)), _MM_HINT_T1);
+    for (int i = 0; i < lines; i++) _mm_prefetch((const char *)(codes + LINE_BYTES * (first * lines / 4 + i)), _MM_HINT_T1);
     if (bits == 3) _mm_prefetch((const char *)(codes + tqai_high_plane_at(codec->head_dim) + LINE_BYTES * (first / 4)), _MM_HINT_T1);
 }
 
@@ -102,6 +127,8 @@ INLINE void key_dots_of(const tqai_codec *codec, int bits, const uint8_t *codes,
     const int dim = codec->head_dim;
     const uint8_t *high = codes + tqai_high_plane_at(dim);
     const levels table = load_levels(codec, bits);
+    int16_t ordered[MAX_ROWS * TQAI_MAX_HEAD_DIM];
+    q = in_pairs(bits, q, dim, dim, rows, ordered);
     __m512i sum[MAX_ROWS][4];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
@@ -116,7 +143,7 @@ INLINE void key_dots_of(const tqai_codec *codec, int bits, const uint8_t *codes,
             for (int g = 0; g < 4; g++) level[g] = unit_levels(&table, bits, codes, high, first, 4 * s + g);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-                const __m512i pair = pair_of(q + r * dim + 2 * (first + s));
+                const __m512i pair = pair_of(q + r * dim + pair_at(bits, first + s, 1, 0));
 #pragma GCC unroll 4
                 for (int g = 0; g < 4; g++) sum[r][g] = _mm512_dpwssd_epi32(sum[r][g], level[g], pair);
             }
@@ -153,7 +180,7 @@ INLINE void value_chunk(const tqai_codec *codec, int bits, const levels *table, 
                 for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
                     for (int p = 0; p < pairs; p++) {
-                        const __m512i pair = pair_of(weight + r * BLOCK_TOKENS + 2 * ((quad + s) * pairs + p));
+                        const __m512i pair = pair_of(weight + r * BLOCK_TOKENS + pair_at(bits, quad + s, pairs, p));
 #pragma GCC unroll 4
                         for (int g = 0; g < groups; g++)
                             sum[r][g] = _mm512_dpwssd_epi32(sum[r][g], level[p * groups + g], pair);
@@ -174,6 +201,8 @@ INLINE void value_chunk(const tqai_codec *codec, int bits, const levels *table, 
 INLINE void value_sums_of(const tqai_codec *codec, int bits, const uint8_t *const *codes, const uint8_t *const *next,
                           int pages, const int16_t *w, const float *step, int rows, float *acc) {
     const levels table = load_levels(codec, bits);
+    int16_t ordered[MAX_ROWS * BLOCK_TOKENS];
+    w = in_pairs(bits, w, BLOCK_TOKENS, TQAI_PAGE_TOKENS * pages, rows, ordered);
     for (int chunk = 0; chunk < (codec->head_dim + 63) / 64; chunk++) {
         const int groups = tqai_chunk_groups(codec->head_dim, 64 * chunk);
         if (groups == 4) value_chunk(codec, bits, &table, codes, next, pages, w, step, rows, chunk, 4, acc);
@@ -195,7 +224,7 @@ INLINE void value_sums_of(const tqai_codec *codec, int bits, const uint8_t *cons
         value_sums_of(c, bits, p, next, pages, w, step, rows, acc);                                             \
     }
 #define ALL_ROWS(bits) SPECIAL(bits, 1) SPECIAL(bits, 2) SPECIAL(bits, 4)
-ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8) ALL_ROWS(16)
+ALL_ROWS(2) ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8) ALL_ROWS(16)
 
 #include "bytes_avx512.inc.h"
 #include "trellis_avx512.inc.h"
@@ -207,11 +236,19 @@ ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8) ALL_ROWS(16)
         else name##_##bits##_1(__VA_ARGS__);           \
     } while (0)
 #define BY_BITS(name, bits, ...)                        \
-    switch (bits) {                                   \
+    switch (bits) {                                     \
+        case 2: BY_ROWS(name, 2, __VA_ARGS__); break;   \
         case 3: BY_ROWS(name, 3, __VA_ARGS__); break;   \
         case 4: BY_ROWS(name, 4, __VA_ARGS__); break;   \
         default: BY_ROWS(name, 8, __VA_ARGS__); break;  \
     }
+
+#define BY_BYTES(name, ...)                                                  \
+    do {                                                                     \
+        if (codec->bits == 2) BY_ROWS(name, bytes_2, __VA_ARGS__);           \
+        else if (codec->bits == 3) BY_ROWS(name, bytes_3, __VA_ARGS__);      \
+        else BY_ROWS(name, bytes_4, __VA_ARGS__);                            \
+    } while (0)
 
 #define KERNELS tqai_kernels_avx512
 #define KERNELS_NAME "avx512"
@@ -221,14 +258,14 @@ static void prefetch_side(const tqai_codec *codec, const uint8_t *codes) {
 }
 
 static void key_dots(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
-                     const int16_t *q, int rows, int32_t *dots) {
-    if (of_bytes(codec)) {
+                     const int16_t *q, int rows, int fine, int32_t *dots) {
+    if (of_bytes(codec) && !(fine && codec->kind == TQAI_SCALAR)) {
         if (codec->kind == TQAI_TRELLIS) BY_TRELLIS(keys, codec, codes, next, pages, q, dots);
-        else BY_ROWS(keys, bytes, codec, codes, next, pages, q, dots);
+        else BY_BYTES(keys, codec, codes, next, pages, q, dots);
         return;
     }
     if (codec->kind == TQAI_TRELLIS) {
-        tqai_kernels_avx2.key_dots(codec, codes, next, pages, q, rows, dots);
+        tqai_kernels_avx2.key_dots(codec, codes, next, pages, q, rows, 0, dots);
         return;
     }
     for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
@@ -251,7 +288,7 @@ static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, con
     if (of_bytes(codec)) {
         if (any_below_zero(w, TQAI_PAGE_TOKENS * pages, rows)) values_of_both_signs(codec, codes, next, pages, w, step, rows, acc);
         else if (codec->kind == TQAI_TRELLIS) BY_TRELLIS(values, codec, codes, next, pages, w, step, acc);
-        else BY_ROWS(values, bytes, codec, codes, next, pages, w, step, acc);
+        else BY_BYTES(values, codec, codes, next, pages, w, step, acc);
         return;
     }
     if (codec->kind == TQAI_TRELLIS) {

@@ -1,7 +1,7 @@
 /* kernels_neon.c: 64-bit Arm.
  *
- * As kernels_avx2.c, 16 bytes (8 words) at a time: byte table lookups for the low and high bytes of the
- * levels of two units at once, then 16-bit multiply-accumulate. A register holds the two terms of two
+ * Byte table lookups, 16 at a time, for the low and high bytes of levels, which are put together in a buffer in the
+ * first-level cache (generic.inc.h), then 16-bit multiply-accumulate. A register holds the two terms of two
  * lanes, | lane 0 term 0 | lane 0 term 1 | lane 1 term 0 | lane 1 term 1 |, and they are added pairwise
  * once at the end.
  */
@@ -24,20 +24,21 @@ static inline int of_bytes(const tqai_codec *codec) { return (void)codec, 0; }
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Levels of the codes in the low and in the high bytes of `index`, to two units. */
-INLINE void store_two(uint8x16x2_t table, uint16x8_t index, int16_t *of_low, int16_t *of_high) {
-    const uint8x16_t low = vqtbl1q_u8(table.val[0], vreinterpretq_u8_u16(index));
-    const uint8x16_t high = vqtbl1q_u8(table.val[1], vreinterpretq_u8_u16(index));
-    vst1q_s16(of_low, vreinterpretq_s16_u8(vtrn1q_u8(low, high)));
-    vst1q_s16(of_high, vreinterpretq_s16_u8(vtrn2q_u8(low, high)));
+/* 16 codes of unit `unit` from byte `at` of its line on. */
+INLINE uint8x16_t codes_of(const tqai_codec *codec, const uint8_t *codes, int unit, int at) {
+    const int per_line = codec->bits == 4 ? 2 : 4;
+    const uint8x16_t line = vld1q_u8(codes + LINE_BYTES * (unit / per_line) + at);
+    const int8x16_t down = vdupq_n_s8((int8_t)(-8 / per_line * (unit % per_line)));
+    const uint8x16_t low = vandq_u8(vshlq_u8(line, down), vdupq_n_u8(codec->bits == 4 ? 15 : 3));
+    if (codec->bits != 3) return low;
+    const uint8x16_t top = vld1q_u8(codes + tqai_high_plane_at(codec->head_dim) + LINE_BYTES * (unit / 8) + at);
+    return vorrq_u8(low, vandq_u8(vshlq_u8(top, vdupq_n_s8((int8_t)(2 - unit % 8))), vdupq_n_u8(4)));
 }
 
 static void load_levels(const tqai_codec *codec, int is_value, const uint8_t *codes, int16_t *restrict level) {
-    const int bits = codec->bits, per_line = bits == 3 ? 8 : 16 / bits, lines = 2 * codec->head_dim / per_line;
-    const uint8_t *high = codes + tqai_high_plane_at(codec->head_dim);
+    const int bits = codec->bits, dim = codec->head_dim;
     if (bits == 8) {
-        for (int i = 0; i < 2 * lines * UNIT; i++)
-            level[i / 2 % UNIT + (i / (2 * UNIT) * 2 + i % 2) * UNIT] = codec->levels[codes[i]];
+        for (int i = 0; i < 2 * dim * UNIT; i++) level[i / 2 % UNIT + (i / (2 * UNIT) * 2 + i % 2) * UNIT] = codec->levels[codes[i]];
         return;
     }
     uint8_t bytes[2][16];
@@ -46,47 +47,20 @@ static void load_levels(const tqai_codec *codec, int is_value, const uint8_t *co
         bytes[0][i] = (uint8_t)one;
         bytes[1][i] = (uint8_t)(one >> 8);
     }
-    const uint8x16x2_t table = {{vld1q_u8(bytes[0]), vld1q_u8(bytes[1])}};
-    if (bits == 2) { /* terms 0, 1 of four lanes to the lower half of the index, terms 2, 3 to the upper */
-        static const uint8_t by_terms[16] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
-        const uint8x16_t order = vld1q_u8(by_terms);
-        for (int unit = 0; unit < codec->head_dim; unit++) {
-            int first, second;
-            tqai_halves(is_value, codec->head_dim, unit, &first, &second);
-            for (int quarter = 0; quarter < 4; quarter++) {
-                const uint8x16_t line = vqtbl1q_u8(vld1q_u8(codes + LINE_BYTES * (unit / 4) + 16 * quarter), order);
-                const uint8x16_t index = vandq_u8(vshlq_u8(line, vdupq_n_s8((int8_t)(-2 * (unit % 4)))), vdupq_n_u8(3));
-                const uint8x16_t low = vqtbl1q_u8(table.val[0], index), high = vqtbl1q_u8(table.val[1], index);
-                vst1q_s16(level + UNIT * first + 8 * quarter, vreinterpretq_s16_u8(vzip1q_u8(low, high)));
-                vst1q_s16(level + UNIT * second + 8 * quarter, vreinterpretq_s16_u8(vzip2q_u8(low, high)));
-            }
-        }
-        return;
-    }
-    for (int line = 0; line < lines; line++)
+    const uint8x16_t low_bytes = vld1q_u8(bytes[0]), high_bytes = vld1q_u8(bytes[1]);
+    /* terms 0, 1 of four lanes to the lower half of the index, terms 2, 3 to the upper */
+    static const uint8_t by_terms[16] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
+    const uint8x16_t order = vld1q_u8(by_terms);
+    for (int unit = 0; unit < dim; unit++) {
+        int first, second;
+        tqai_halves(is_value, dim, unit, &first, &second);
         for (int quarter = 0; quarter < 4; quarter++) {
-            const uint16x8_t word = vreinterpretq_u16_u8(vld1q_u8(codes + LINE_BYTES * line + 16 * quarter));
-            int16_t *out = level + line * per_line * UNIT + 8 * quarter;
-            if (bits == 4) {
-                const uint16x8_t keep = vdupq_n_u16(0x0F0F);
-                store_two(table, vandq_u16(word, keep), out, out + 2 * UNIT);
-                store_two(table, vandq_u16(vshrq_n_u16(word, 4), keep), out + UNIT, out + 3 * UNIT);
-                continue;
-            }
-            uint16x8_t top = vdupq_n_u16(0);
-            if (bits == 3) { /* bits 0..3 to the low byte, 4..7 to the high byte, two places up */
-                top = vreinterpretq_u16_u8(vld1q_u8(high + LINE_BYTES * (line / 2) + 16 * quarter));
-                if (line % 2) top = vshrq_n_u16(top, 8);
-                top = vorrq_u16(vshlq_n_u16(vandq_u16(top, vdupq_n_u16(0x0F)), 2),
-                                vshlq_n_u16(vandq_u16(top, vdupq_n_u16(0xF0)), 6));
-            }
-            for (int s = 0; s < 4; s++) {
-                uint16x8_t index = vandq_u16(vshlq_u16(word, vdupq_n_s16((int16_t)(-2 * s))), vdupq_n_u16(0x0303));
-                if (bits == 3)
-                    index = vorrq_u16(index, vandq_u16(vshlq_u16(top, vdupq_n_s16((int16_t)-s)), vdupq_n_u16(0x0404)));
-                store_two(table, index, out + s * UNIT, out + (s + 4) * UNIT);
-            }
+            const uint8x16_t index = vqtbl1q_u8(codes_of(codec, codes, unit, 16 * quarter), order);
+            const uint8x16_t low = vqtbl1q_u8(low_bytes, index), high = vqtbl1q_u8(high_bytes, index);
+            vst1q_s16(level + UNIT * first + 8 * quarter, vreinterpretq_s16_u8(vzip1q_u8(low, high)));
+            vst1q_s16(level + UNIT * second + 8 * quarter, vreinterpretq_s16_u8(vzip2q_u8(low, high)));
         }
+    }
 }
 
 /* out[r * out_row + 0 .. 15] += over `count` units, `stride` apart: products with the pairs

@@ -15,30 +15,17 @@ static inline int of_bytes(const tqai_codec *codec) { return (void)codec, 0; }
 #include "exact.inc.h"
 
 static void load_levels(const tqai_codec *codec, int is_value, const uint8_t *codes, int16_t *restrict level) {
-    if (codec->bits == 2) {
-        for (int unit = 0; unit < codec->head_dim; unit++) {
-            int half[2];
-            tqai_halves(is_value, codec->head_dim, unit, half, half + 1);
-            for (int e = 0; e < 64; e++) {
-                const unsigned code = codes[LINE_BYTES * (unit / 4) + e] >> (2 * (unit % 4)) & 3u;
-                level[UNIT * half[e / 2 % 2] + 2 * (e / 4) + e % 2] = codec->levels[code];
-            }
-        }
+    const int dim = codec->head_dim;
+    if (codec->bits == 8) {
+        for (int unit = 0; unit < 2 * dim; unit++)
+            for (int e = 0; e < UNIT; e++) level[UNIT * unit + e] = codec->levels[codes[LINE_BYTES * (unit / 2) + 2 * e + unit % 2]];
         return;
     }
-    const int bits = codec->bits == 3 ? 2 : codec->bits, per_line = 16 / bits, units = 2 * codec->head_dim;
-    const uint8_t *high = codes + tqai_high_plane_at(codec->head_dim);
-    for (int unit = 0; unit < units; unit++) {
-        const uint8_t *line = codes + LINE_BYTES * (unit / per_line), *top = high + LINE_BYTES * (unit / 16);
-        for (int e = 0; e < UNIT; e++) {
-            const unsigned word = line[2 * e] | (unsigned)line[2 * e + 1] << 8;
-            unsigned code = word >> (unit % per_line * bits) & ((1u << bits) - 1u);
-            if (codec->bits == 3) {
-                const unsigned more = top[2 * e] | (unsigned)top[2 * e + 1] << 8;
-                code |= (more >> (unit % 16) & 1u) << 2;
-            }
-            level[unit * UNIT + e] = codec->levels[code];
-        }
+    for (int unit = 0; unit < dim; unit++) {
+        int half[2];
+        tqai_halves(is_value, dim, unit, half, half + 1);
+        for (int e = 0; e < 64; e++)
+            level[UNIT * half[e / 2 % 2] + 2 * (e / 4) + e % 2] = codec->levels[tqai_code_at(codes, codec->bits, dim, unit, e)];
     }
 }
 

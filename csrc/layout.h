@@ -1,35 +1,33 @@
 /* layout.h: the order of codes inside the two code parts of a page, shared by every kernel.
  *
- * Codes are grouped in units of 32 codes = 16 lanes x 2 terms, so that one 32-bit lane of a register
- * holds the two terms that a 16-bit dot product adds, and no horizontal sums are needed:
+ * Codes of 2, 3 and 4 bits are grouped in units of 64 codes = 16 lanes x 4 terms, so that one 32-bit lane of a
+ * register holds the four terms that a dot product of bytes adds, and no horizontal sums are needed:
  *
- *   keys     unit u = 4 * p + g      lane t, term j:  token 16 g + t,        dim 2 p + j
- *   values   unit u = 128 * c + n * p + g             token 2 p + j,         dim 64 c + 16 g + t
+ *   keys     unit u = 4 * p + g         lane t, term j:  token 16 g + t,        dim 4 p + j
+ *   values   unit u = 64 * c + n * p + g                 token 4 p + j,         dim 64 c + 16 g + t
  *            where c counts chunks of 64 dims and n is the number of groups of 16 dims in chunk c
  *            (4, but for the last chunk 1 or 2 where head_dim % 64 is 16 or 32)
  *
- * A page side has 2 * head_dim units. A plane of b bits (1, 2, 4 or 8) is a run of 64-byte lines of 32
- * little-endian 16-bit words; word e of line l holds the codes e (= 2 t + j) of 16 / b units:
+ * A page side has head_dim units. A plane of b bits (1, 2 or 4) is a run of 64-byte lines; byte e = 4 t + j of line
+ * l holds code e of k = 8 / b units:
  *
- *   bit     15 ...                    2b ..... b   b-1 .... 0
- *   word e  | ...                  | unit l*k+1  | unit l*k   |       k = 16 / b units per line
+ *   bit     7 ...                       2b ..... b   b-1 .... 0
+ *   byte e  | unit l*k+k-1 | ...      | unit l*k+1 | unit l*k  |
  *
- *   64-byte line l, b = 4, keys:  word 0        word 1        word 2        ...  word 31
- *     bits  0..3   token group 0  tok 0 dim 2l  tok 0 dim 2l+1 tok 1 dim 2l ...  tok 15 dim 2l+1
- *     bits  4..7   token group 1  tok 16 ...
- *     bits  8..11  token group 2  tok 32 ...
- *     bits 12..15  token group 3  tok 48 ...
+ *   the first line, b = 4, keys:  byte 0       byte 1        byte 2        byte 3        byte 4       ...  byte 63
+ *     bits 0..3  token group 0    tok  0 dim 0 tok  0 dim 1  tok  0 dim 2  tok  0 dim 3  tok  1 dim 0 ...  tok 15 dim 3
+ *     bits 4..7  token group 1    tok 16 ...
  *
  * Codes of 3 bits are two planes: first the low two bits of all units, then the high bit of all units.
  *
- * Codes of 2 bits have levels that 8-bit numbers hold exactly, so they lie for products of bytes, four terms a
- * lane: units of 64 codes = 16 lanes x 4 terms, in lines of 64 bytes, byte e = 4 t + j holding code e of 4 units:
+ * Codes of 8 bits, whose levels need 16 bits, lie for dot products of two terms: units of 32 codes = 16 lanes x 2
+ * terms,
  *
- *   keys     unit u = 4 * p + g        lane t, term j:  token 16 g + t,        dim 4 p + j
- *   values   unit u = 64 * c + n * p + g                token 4 p + j,         dim 64 c + 16 g + t
+ *   keys     unit u = 4 * p + g         lane t, term j:  token 16 g + t,        dim 2 p + j
+ *   values   unit u = 128 * c + n * p + g                token 2 p + j,         dim 64 c + 16 g + t
  *
- *   bit       7 6        5 4        3 2        1 0
- *   byte e  | unit 4l+3 | unit 4l+2 | unit 4l+1 | unit 4l |
+ * in 64-byte lines of 32 little-endian 16-bit words; word e = 2 t + j of line l holds code e of unit 2 l in its low
+ * byte and of unit 2 l + 1 in its high one.
  */
 #ifndef TQAI_LAYOUT_H
 #define TQAI_LAYOUT_H
@@ -48,7 +46,7 @@ static inline int tqai_chunk_groups(int head_dim, int dim) {
     return groups > 4 ? 4 : groups;
 }
 
-/* A unit of 64 codes (2 bits) as the two units of two terms that hold its terms 0, 1 and 2, 3. */
+/* A unit of 64 codes as the two units of two terms that hold its terms 0, 1 and 2, 3. */
 static inline void tqai_halves(int is_value, int head_dim, int unit, int *first, int *second) {
     const int groups = is_value ? tqai_chunk_groups(head_dim, unit / 64 * 64) : 4;
     *first = 2 * unit - (is_value ? unit % 64 : unit) % groups;
@@ -56,7 +54,15 @@ static inline void tqai_halves(int is_value, int head_dim, int unit, int *first,
 }
 
 /* Terms of a lane. */
-static inline int tqai_terms(int bits) { return bits == 2 ? 4 : 2; }
+static inline int tqai_terms(int bits) { return bits == 8 ? 2 : 4; }
+
+/* Code e of a unit of 64. */
+static inline unsigned tqai_code_at(const uint8_t *codes, int bits, int head_dim, int unit, int e) {
+    if (bits == 4) return codes[LINE_BYTES * (unit / 2) + e] >> (4 * (unit % 2)) & 15u;
+    const unsigned low = codes[LINE_BYTES * (unit / 4) + e] >> (2 * (unit % 4)) & 3u;
+    if (bits == 2) return low;
+    return low | (codes[tqai_high_plane_at(head_dim) + LINE_BYTES * (unit / 8) + e] >> (unit % 8) & 1u) << 2;
+}
 
 static inline int tqai_served_dim(int head_dim) {
     return head_dim >= 16 && head_dim <= 256 && head_dim % 16 == 0 && (head_dim / 16) % 4 != 3;

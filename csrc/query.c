@@ -31,9 +31,9 @@ const uint8_t *tqai_mask_at(const job *j, const place *at, int row, int64_t colu
 typedef float four __attribute__((vector_size(16)));
 typedef int32_t four_bits __attribute__((vector_size(16)));
 
-/* Largest and sum of the magnitudes of 4 of the `lanes` rows of x [dim][lanes]. */
-static void magnitudes(const float *x, int dim, int lanes, float *most, float *total) {
-    four largest = {0}, sum = {0};
+/* Largest and sum of the magnitudes, and sum of the squares, of 4 of the `lanes` rows of x [dim][lanes]. */
+static void magnitudes(const float *x, int dim, int lanes, float *most, float *total, float *square) {
+    four largest = {0}, sum = {0}, squares = {0};
     for (int d = 0; d < dim; d++) {
         four_bits bits;
         memcpy(&bits, x + lanes * d, sizeof bits);
@@ -42,9 +42,11 @@ static void magnitudes(const float *x, int dim, int lanes, float *most, float *t
         const four_bits above = magnitude > largest; /* no NaN is */
         largest = (four)((bits & above) | ((four_bits)largest & ~above));
         sum += magnitude;
+        squares += magnitude * magnitude;
     }
     memcpy(most, &largest, sizeof largest);
     memcpy(total, &sum, sizeof sum);
+    memcpy(square, &squares, sizeof squares);
 }
 
 /* Rotate the queries and round them to whole numbers, so finely that an int32 holds every dot product. */
@@ -61,12 +63,13 @@ static void rotate(const job *j, const place *at) {
             for (int d = 0; d < dim; d++) x[lanes * d + l] = row[d];
         }
         j->kernels->rotate(key, x, lanes, 0);
-        float most_of[16] = {0}, total_of[16] = {0}, up_of[16] = {0};
-        for (int part = 0; part < lanes; part += 4) magnitudes(x + part, dim, lanes, most_of + part, total_of + part);
+        float most_of[16] = {0}, total_of[16] = {0}, square_of[16] = {0}, up_of[16] = {0};
+        for (int part = 0; part < lanes; part += 4) magnitudes(x + part, dim, lanes, most_of + part, total_of + part, square_of + part);
         for (int l = 0; l < count; l++) {
             const float most = most_of[l], total = total_of[l];
             const size_t index = (size_t)at->pair * (size_t)j->rows + (size_t)(first + l);
             float *factor = j->factor + index;
+            j->length[index] = sqrtf(square_of[l] / (float)dim);
             if (!(total < INFINITY) || most < 0x1p-100f) { /* all numbers become 0 */
                 for (int d = 0; d < dim; d++) x[lanes * d + l] = 0.0f;
                 *factor = total < INFINITY ? 0.0f : NAN;
@@ -75,7 +78,7 @@ static void rotate(const job *j, const place *at) {
             const int of_bytes = j->kernels->of_bytes(key);
             const float up = of_bytes ? KEY_FACTOR_OF_BYTES / most : fminf(32767.0f / most, key->largest_sum / total);
             up_of[l] = up;
-            *factor = (of_bytes ? key->byte_step : key->level_step) / up;
+            *factor = key->level_step * (of_bytes ? (float)FACTOR_PARTS : 1.0f) / up;
         }
         /* + 1.5 * 2^23 rounds, and leaves the whole number in the low bits */
         uint32_t whole[16 * TQAI_MAX_HEAD_DIM];

@@ -132,6 +132,33 @@ static inline void weigh(const row *a, const float *value_scale, int tokens, row
     *most = v_largest(largest);
 }
 
+/* The same where nothing is hidden and value scales are plain: two operations a weight less. `all` is a bound then. */
+static inline void weigh_plain(const row *a, const float *value_scale, int tokens, row_state *state, float *all, float *most) {
+    float *logit = a->logit;
+    vf sum = v_set(0.0f), largest = sum;
+    const vf slope = v_set(a->by * LOG2_E), shift = v_set(-state->max * LOG2_E);
+    for (int t = 0; t < tokens; t += VL) {
+        const vf p = exp2_of_weight(v_fma(v_load(logit + t), slope, shift)), x = v_mul(p, v_load(value_scale + t));
+        sum = v_add(sum, p);
+        largest = v_max(largest, x);
+        v_store(logit + t, x);
+    }
+    const float total = v_sum(sum);
+    state->sum += total;
+    *most = v_largest(largest);
+    *all = total < INFINITY ? (float)tokens * *most : NAN;
+}
+
+/* Whether all value scales are numbers of at least 0, and even `tokens` of the largest weights have room in a sum. */
+static inline int plain_scales(const float *scale, const tqai_codec *value, int tokens) {
+    uint32_t most = 0;
+    for (int t = 0; t < tokens; t++) {
+        const uint32_t bits = float_to_bits(scale[t]);
+        most = bits > most ? bits : most;
+    }
+    return most < 0x7F800000u && value->largest_sum >= 32767.0f * (float)tokens;
+}
+
 /* Weights to whole numbers; returns their step. */
 static inline float whole_weights(const float *weight, float all, float most, const tqai_codec *value, int tokens, int16_t *w) {
     const float lift = most < 0x1p-60f ? 0x1p60f : 1.0f; /* lest 32767 / most overflow */
@@ -144,7 +171,7 @@ static inline float whole_weights(const float *weight, float all, float most, co
     } else {
         for (int t = 0; t < tokens; t += 2 * VL) v_store_int16(w + t, v_load(weight + t), v_load(weight + t + VL), up);
     }
-    return (bytes ? value->byte_step : value->level_step) / up / lift;
+    return value->level_step * (bytes ? (float)FACTOR_PARTS : 1.0f) / up / lift;
 }
 
 /* Step by step for all rows, so that a row's sums across lanes pass while the next row is at work. */
@@ -154,6 +181,7 @@ static void softmax_block(const int32_t *dots, const float *factor, const float 
     _Alignas(64) float logit[MAX_ROWS * BLOCK_TOKENS];
     row row_of[MAX_ROWS];
     float all[MAX_ROWS] = {0}, most[MAX_ROWS] = {0};
+    const int plain = !mask && plain_scales(value_scale, value, tokens);
     for (int r = 0; r < rows; r++) {
         row *a = row_of + r;
         *a = (row){logit + r * BLOCK_TOKENS, factor[r], 0.0f};
@@ -169,6 +197,10 @@ static void softmax_block(const int32_t *dots, const float *factor, const float 
         row *a = row_of + r;
         if (mask || softcap > 0.0f || !(a->by > 0.0f)) hide_and_cap(a, mask, r, softcap, tokens);
         if (!move_maximum(a->logit, tokens, a->largest, value->head_dim, state + r, acc + r * value->head_dim)) continue;
+        if (plain && fabsf(state[r].max) < 1000.0f) {
+            weigh_plain(a, value_scale, tokens, state + r, all + r, most + r);
+            continue;
+        }
         float in_sight[BLOCK_TOKENS];
         weigh(a, mask ? scales_in_sight(a->logit, value_scale, tokens, in_sight) : value_scale, tokens, state + r, all + r, most + r);
     }

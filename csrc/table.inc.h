@@ -18,6 +18,7 @@ const tqai_kernels KERNELS = {
     .value_sums = VALUE_SUMS,
     .softmax_block = softmax_block,
     .exact_block = exact_block,
+    .largest = largest_logit,
     .scales = page_scales,
     .add_row = add_row,
     .rotate = rotate,

@@ -10,7 +10,7 @@
 
 #include <stdint.h>
 
-#define TQAI_ABI 5
+#define TQAI_ABI 6
 #define TQAI_PAGE_TOKENS 64
 #define TQAI_MAX_HEAD_DIM 256
 
@@ -52,8 +52,7 @@ typedef struct {
     float level_step;
     float largest_sum;        /* of the absolute factors of levels: an int32 holds (2^31 - 1) / max level */
     float normaliser;         /* of the Hadamard rotation: 1/sqrt(d)^rounds */
-    float byte_step;          /* of byte_levels */
-    const int8_t *byte_levels; /* [4]: centroid / byte_step, rounded, for 2 bits; else null */
+    const int8_t *byte_levels; /* [2^bits]: levels, where they are bytes; else null */
     int32_t kind;             /* TQAI_SCALAR, or a kind whose steps this build has (isa.h) */
     const void *tables;       /* of that kind; null for TQAI_SCALAR */
 } tqai_codec;

@@ -52,14 +52,17 @@ static void codec_make(tqai_codec *c, int dim, int bits) {
         }
     for (int i = 0; i < count; i++) centroids[i] = most * (2.0f * ((float)i + 0.5f) / (float)count - 1.0f);
     for (int i = 0; i < count - 1; i++) boundaries[i] = (centroids[i] + centroids[i + 1]) / 2.0f;
-    const float step = centroids[count - 1] / 4095.0f;
+    /* uniform, as the centroids here: whole numbers of a byte, if these are to be seen */
+    const int of_bytes = bits < 8 && below(3) != 0;
+    const int most_level = of_bytes ? (count - 1) * (127 / (count - 1)) : 4095;
+    const float step = centroids[count - 1] / (float)most_level;
     for (int i = 0; i < count; i++) levels[i] = (int16_t)lrintf(centroids[i] / step);
-    int8_t *byte_levels = room(4);
-    for (int i = 0; i < 4; i++) byte_levels[i] = (int8_t)(40 * (2 * i - 3)); /* uniform, as the centroids here */
+    int8_t *byte_levels = of_bytes ? room((size_t)count) : NULL;
+    for (int i = 0; of_bytes && i < count; i++) byte_levels[i] = (int8_t)levels[i];
     *c = (tqai_codec){.head_dim = dim, .bits = bits, .rounds = hadamard ? 1 + below(2) : 0, .scale_norm = below(2),
                       .signs = signs, .matrix = matrix, .transposed = transposed, .centroids = centroids,
                       .boundaries = boundaries, .levels = levels, .level_step = step, .largest_sum = 523000.0f,
-                      .byte_levels = byte_levels, .byte_step = most / 160.0f};
+                      .byte_levels = byte_levels};
     c->normaliser = c->rounds == 2 ? 1.0f / (float)dim : 1.0f / sqrtf((float)dim);
 }
 

@@ -94,7 +94,7 @@ static void trellis_make(tqai_codec *c, int bits) {
     c->bits = bits;
     c->kind = TQAI_TRELLIS;
     c->tables = t;
-    c->level_step = c->byte_step = unit;
+    c->level_step = unit;
     c->largest_sum = 2147483647.0f / 127.0f - 512.0f;
 }
 

@@ -15,9 +15,10 @@ MOST_ERROR = 2e-3
 
 
 def most_error(backend, *bits):
-    """What these tests let pass: AVX-512 multiplies 2-bit codes as bytes with factors of 12 bits, measured
-    4e-4 to 1.4e-3; everything else 2e-4 to 5e-4. A level or a scale that is wrong anywhere costs more."""
-    return MOST_ERROR if backend.isa == "avx512" and 2 in bits else MOST_ERROR / 2
+    """What these tests let pass: AVX-512 multiplies codes of 2 to 4 bits as bytes with factors of 12 bits,
+    measured 6e-4 to 1.1e-3; everything else 1e-4 to 5e-4. A level or a scale that is wrong anywhere costs
+    more."""
+    return MOST_ERROR * (0.75 if backend.isa == "avx512" and min(bits) < 8 else 0.5)
 
 
 def relative(found, wanted):
@@ -91,14 +92,14 @@ def test_half_types(each_isa, page_format, history, attention64, dtype):
 def test_pages_and_sliding_window(each_isa, page_format, history, attention64, pages, first_token):
     found = history(page_format(4, 4, 128), 2, 1, pages, first_token, slack=3)
     attended, out, lse = run(each_isa, attention64, found, 64 * pages - first_token, 2, 1, 4, 1)
-    assert relative(attended.out, out) < MOST_ERROR / 2
+    assert relative(attended.out, out) < most_error(each_isa, 4)
     torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=1e-3)
 
 
 def test_keys_and_values_of_different_size(each_isa, page_format, history, attention64):
     found = history(page_format(4, 3, 192, 128), 1, 2, 3)
     attended, out, _ = run(each_isa, attention64, found, 192, 1, 2, 4, 1)
-    assert relative(attended.out, out) < MOST_ERROR / 2
+    assert relative(attended.out, out) < most_error(each_isa, 3, 4)
 
 
 @pytest.mark.parametrize("softcap", [1.0, 30.0])
@@ -217,8 +218,8 @@ def test_ragged_histories(each_isa, page_format, history, attention64):
         )
         out, lse = attention64(query, all_keys, all_values, seen, 0.125)
         attended = each_isa.attend(query, ragged, None, recent, given, 0.125)
-        assert relative(attended.out, out) < MOST_ERROR / 2, (new, hidden)
-        torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=1e-3)
+        assert relative(attended.out, out) < most_error(each_isa, 3, 4), (new, hidden)
+        torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=2e-3)
 
 
 def make_history(pages, raw):
@@ -236,3 +237,12 @@ def test_peaked_attention(each_isa, page_format, history, attention64):
     attended, out, lse = run(each_isa, attention64, found, 4096, 1, 2, 4, 1, scaling=0.5)
     assert relative(attended.out, out) < 3e-3  # logits of order 20: 1e-4 of a logit is 2e-3 of a weight
     torch.testing.assert_close(attended.lse.double(), lse, rtol=5e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits_k", [2, 3, 4])
+def test_logits_far_apart(each_isa, page_format, history, attention64, bits_k):
+    """Logits of deviation 6: byte factors of the queries would be 2.5e-3 off, so finer ones are used."""
+    found = history(page_format(bits_k, 8, 128), 1, 2, 16)
+    attended, out, lse = run(each_isa, attention64, found, 1024, 1, 2, 4, 1, scaling=6 * 128**-0.5)
+    assert relative(attended.out, out) < MOST_ERROR / 2
+    torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=2e-3)

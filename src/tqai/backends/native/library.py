@@ -17,7 +17,7 @@ __all__ = ["LIBRARY_VARIABLE", "library_path", "load_library"]
 LIBRARY_VARIABLE = "TQAI_NATIVE_LIB"
 """Environment variable with the path of a library to load instead of the installed one."""
 
-ABI = 5
+ABI = 6
 SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 FILE_NAME = f"_tqai_native{SUFFIX}"
 NOTE_NAME = "build_note.txt"

@@ -1,8 +1,8 @@
 """The physical order of codes (drawn in `csrc/layout.h` and docs/format.md) from and to the canonical one.
 
-Units of 16 lanes of two terms; a line of 64 bytes holds 16 / b units of a plane of b bits, unit k of the
-line in bits [k b, k b + b) of its 32 little-endian 16-bit words. Codes of 3 bits are a plane of the low two
-bits of all units, then a plane of the high bits. Codes of 2 bits have four terms a lane, and bytes for words.
+Units of 16 lanes of four terms; a line of 64 bytes holds 8 / b units of a plane of b bits, unit k of the
+line in bits [k b, k b + b) of its bytes. Codes of 3 bits are a plane of the low two bits of all units, then a
+plane of the high bits. Codes of 8 bits have two terms a lane, and little-endian 16-bit words for bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _position(head_dim: int, is_value: bool, terms: int) -> NDArray[np.intp]:
 
 def _terms(bits: int) -> int:
     """Terms of a lane: 4 (elements are bytes) or 2 (16-bit words)."""
-    return 4 if bits == 2 else 2
+    return 2 if bits == 8 else 4
 
 
 def _planes(bits: int) -> tuple[tuple[int, int], ...]:

@@ -34,6 +34,9 @@ __all__ = [
 SERVED_BITS = (2, 3, 4, 8)
 MAX_HEAD_DIM = 256
 LARGEST_LEVEL = 8191
+SMALLEST_BYTE_LEVEL, LARGEST_BYTE_LEVEL = 32, 127  # of the largest level
+BYTE_ERROR = 3e-4
+"""Relative to a vector's length; the errors of 16-bit levels are of that size too."""
 BLOCK_TOKENS = 512
 """Tokens whose weights share one step: BLOCK_TOKENS of csrc/isa.h."""
 HADAMARD_ROUNDS = {"haar": 0, "hadamard": 1, "hadamard2": 2, "identity": 0}
@@ -58,7 +61,6 @@ class CodecStruct(ctypes.Structure):
         ("level_step", _f32),
         ("largest_sum", _f32),
         ("normaliser", _f32),
-        ("byte_step", _f32),
         ("byte_levels", _pointer),
         ("kind", _i32),
         ("tables", _pointer),
@@ -190,28 +192,35 @@ def integer_levels(codec: Codec, terms: int) -> tuple[NDArray[np.int16], float]:
     levels up to 8191 the one is taken whose rounding errors (of levels, by how often each occurs in a
     Gaussian, and of factors) are together the smallest, relative to the vector: 5e-5 to 3e-4.
     """
+    rounded, steps, of_levels = _rounded(codec, np.arange(512, LARGEST_LEVEL + 1))
+    of_factors = (terms * np.abs(rounded).max(-1) / 2.0**31) ** 2 / 12.0
+    best = int(np.argmin(of_levels**2 + of_factors))
+    return rounded[best].astype(np.int16), float(np.float32(steps[best]))
+
+
+def byte_levels(codec: Codec) -> tuple[NDArray[np.int8], float] | None:
+    """Whole numbers `[2**bits]` within +-127 that stand for the centroids to BYTE_ERROR of a vector's length,
+    and the step that they count; None where there are none. Shipped codebooks of 2 to 4 bits have them
+    (`tqai.core.grid`)."""
+    rounded, steps, errors = _rounded(codec, np.arange(SMALLEST_BYTE_LEVEL, LARGEST_BYTE_LEVEL + 1))
+    best = int(np.argmin(errors))
+    if errors[best] > BYTE_ERROR:
+        return None
+    return rounded[best].astype(np.int8), float(np.float32(steps[best]))
+
+
+def _rounded(codec: Codec, largest: NDArray[np.intp]) -> tuple[NDArray[np.float64], ...]:
+    """For each largest level: levels `[n, 2**bits]`, steps `[n]`, and what rounding costs `[n]`, relative to
+    the vector, every level as often as a Gaussian has it."""
     tables = codec.tables()
     centroids = tables["centroids"].astype(np.float64)
     inner = tables["boundaries"].astype(np.float64) * math.sqrt(codec.spec.head_dim)
     below = np.array([0.0, *(0.5 * (1.0 + math.erf(x / math.sqrt(2.0))) for x in inner), 1.0])
     share = np.diff(below)
-    steps = np.abs(centroids).max() / np.arange(512, LARGEST_LEVEL + 1)
+    steps = np.abs(centroids).max() / largest
     rounded = np.rint(centroids / steps[:, None])
-    squares = (share * centroids**2).sum()
-    of_levels = (share * (rounded * steps[:, None] - centroids) ** 2).sum(-1) / squares
-    of_factors = (terms * np.abs(rounded).max(-1) / 2.0**31) ** 2 / 12.0
-    best = int(np.argmin(of_levels + of_factors))
-    return rounded[best].astype(np.int16), float(np.float32(steps[best]))
-
-
-def byte_levels(codec: Codec) -> tuple[NDArray[np.int8], float]:
-    """Whole numbers `[4]` within +-127 that stand for the centroids of 2 bits, and the step that they count:
-    those whose ratio comes nearest to the centroids' (to 3e-4 for every head_dim)."""
-    centroids = codec.tables()["centroids"].astype(np.float64)
-    rounded = np.rint(centroids / (np.abs(centroids).max() / np.arange(40, 128))[:, None])
-    steps = (rounded * centroids).sum(-1) / (rounded**2).sum(-1)
-    best = int(np.argmin(((rounded * steps[:, None] - centroids) ** 2).sum(-1)))
-    return rounded[best].astype(np.int8), float(np.float32(steps[best]))
+    squares = (share * (rounded * steps[:, None] - centroids) ** 2).sum(-1)
+    return rounded, steps, np.sqrt(squares / (share * centroids**2).sum())
 
 
 def _codec_struct(codec: Codec, terms: int, arrays: list[NDArray[Any]]) -> CodecStruct:
@@ -245,12 +254,11 @@ def _fill_scalar(
     struct: CodecStruct, codec: Codec, terms: int, keep: Callable[[NDArray[Any], type[np.generic]], int]
 ) -> None:
     tables = codec.tables()
-    levels, step = integer_levels(codec, terms)
-    of_bytes, byte_step = byte_levels(codec) if codec.spec.bits == 2 else (np.zeros(4), 0.0)
+    of_bytes = byte_levels(codec)
+    levels, step = of_bytes or integer_levels(codec, terms)
     struct.centroids = keep(tables["centroids"], np.float32)
     struct.boundaries = keep(tables["boundaries"], np.float32)
     struct.levels = keep(levels, np.int16)
     struct.level_step = step
     struct.largest_sum = (2**31 - 1) / float(np.abs(levels).max()) - BLOCK_TOKENS
-    struct.byte_step = byte_step
-    struct.byte_levels = keep(of_bytes, np.int8) if codec.spec.bits == 2 else None
+    struct.byte_levels = keep(levels, np.int8) if of_bytes else None

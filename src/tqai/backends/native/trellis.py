@@ -60,7 +60,7 @@ def fill(struct: Any, codec: TrellisCodec, terms: int, arrays: list[Any]) -> Non
     of them in a sum."""
     tables = trellis_tables(codec, arrays)
     arrays.append(tables)
-    struct.level_step = struct.byte_step = codec.code.step / np.sqrt(codec.spec.head_dim)
+    struct.level_step = codec.code.step / np.sqrt(codec.spec.head_dim)
     struct.largest_sum = (2**31 - 1) / LARGEST_LEVEL - terms
     struct.kind = KIND
     struct.tables = ctypes.addressof(tables)
