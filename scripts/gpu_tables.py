@@ -89,8 +89,8 @@ def generate_table(root: Path) -> str:
     result = _read(root, "gpu_generate")
     lines = [
         "| batch, tokens | DynamicCache eager | StaticCache graph | K4/V2 eager | K4/V2 graph | K4/V4 graph "
-        "| cache, GiB: bfloat16, K4/V2 |",
-        "|---|---|---|---|---|---|---|",
+        "| balanced graph | cache, GiB: bfloat16, K4/V2, balanced |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     sizes = list(dict.fromkeys((row["batch"], row["tokens"]) for row in result["rows"]))
     dynamic: dict[str, Any] = {}
@@ -108,14 +108,15 @@ def generate_table(root: Path) -> str:
         if dynamic["batch"] != batch:
             base += f" (batch {dynamic['batch']})"
         cells = []
-        for key in (("StaticCache", "graph"), ("K4/V2", "eager"), ("K4/V2", "graph"), ("K4/V4", "graph")):
+        columns = (("StaticCache", "graph"), ("K4/V2", "eager"))
+        columns += tuple((kind, "graph") for kind in ("K4/V2", "K4/V4", "balanced"))
+        for key in columns:
             row = found.get(key)
             cells.append("-" if row is None else f"{row['tokens_per_s']:.1f}" + _times(row))
         held = dynamic["cache_bytes"] * batch / dynamic["batch"] / 2**30
-        packed = found["K4/V2", "graph"]["cache_bytes"] / 2**30
-        lines.append(
-            f"| {batch}, {tokens // 1024}k | {base} | {' | '.join(cells)} | {held:.2f}, {packed:.2f} |"
-        )
+        packed = [found[key]["cache_bytes"] for key in (columns[2], columns[4]) if key in found]
+        shown = ", ".join(f"{size:.2f}" for size in (held, *(size / 2**30 for size in packed)))
+        lines.append(f"| {batch}, {tokens // 1024}k | {base} | {' | '.join(cells)} | {shown} |")
     return "\n".join(lines)
 
 
