@@ -2,11 +2,15 @@
 
     python training/trellis_tables.py train [FILE]                     levels of every shipped map, anew
     python training/trellis_tables.py search STATES BITS T SECONDS     look for a better map, print the best
+    python training/trellis_tables.py search STATES 4 parts SECONDS    the same for terms of 4-bit codes
 
 `train` is the recipe of the shipped levels, and gives the very same ones again on one machine: Lloyd's
 algorithm on Gaussian numbers (and their negatives, so that the mean is exactly zero) coded by the Viterbi
 algorithm. The levels start as quantiles of the Gaussian, ascending in m, so the rows of a map are read with
 the last one as the most significant: a coarse scalar quantizer, whose finer bits the trellis refines.
+
+Levels of 4 bits are sums of two parts. What is trained are the parts: least squares instead of means, and
+twice the step, as the two converge slowly. They start as quantiles of 16 and as evenly spaced numbers.
 
 `search` climbs over the rows of the linear map: start from the best of many random ones, flip bits, add,
 swap and replace rows, score each by a short `train`.
@@ -23,13 +27,17 @@ from typing import Any
 
 import numpy as np
 
-from tqai.core.trellis_code import STATE_BITS, TABLE_FILE, TRELLIS_BITS, TrellisCode
+from tqai.core.trellis_code import STATE_BITS, TABLE_FILE, TRELLIS_BITS, TrellisCode, rows_of
 from tqai.core.viterbi import cheapest_path
 
 SHIPPED = Path(__file__).parents[1] / "src" / "tqai" / "core" / "tables" / TABLE_FILE
 NARROWER = 0.97
 """The start is a little narrower than the source, as centroids are."""
 STEPS = 1000
+PART_SPREAD = 0.8
+"""Evenly spaced numbers that the second part starts from lie within +- this."""
+PART_STEP = 2.0
+PART_ITERATIONS = 60
 
 
 def samples(rows: int, seed: int) -> np.ndarray:
@@ -61,6 +69,58 @@ def trained(
     return best
 
 
+def start_of_parts() -> tuple[np.ndarray, np.ndarray]:
+    """What the two parts of levels are trained from, float64 `[16]` and `[8]`."""
+    return quantiles(16), PART_SPREAD * (np.arange(8) - 3.5) / 4.0
+
+
+def trained_parts(
+    code: TrellisCode, x: np.ndarray, iterations: int
+) -> tuple[float, tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Least mean squared error of `x` seen, the parts float64 `[16]` and `[8]` that gave it, and how often
+    each of their sums occurred `[8, 16]`."""
+    m = code.mixed(np.arange(1 << code.window_bits))
+    parts = start_of_parts()
+    best = (np.inf, parts, np.zeros((8, 16)))
+    for _ in range(iterations):
+        levels = np.add.outer(parts[1], parts[0]).reshape(-1)
+        chosen = m[cheapest_path(x, levels[m].astype(np.float32), code.state_bits)]
+        error = float(np.mean((x - levels[chosen]) ** 2))
+        count = np.bincount(chosen.ravel(), minlength=128).reshape(8, 16)
+        if error < best[0]:
+            best = (error, parts, count)
+        total = np.bincount(chosen.ravel(), weights=x.ravel(), minlength=128).reshape(8, 16)
+        corner = np.diag(count.sum(0)), np.diag(count.sum(1))
+        normal = np.block([[corner[0], count.T], [count, corner[1]]]) + 1e-6 * np.eye(24)
+        found = np.linalg.solve(normal, np.concatenate([total.sum(0), total.sum(1)]))
+        # What one part has more and the other less does not matter: the second has mean 0.
+        middle = found[16:].mean()
+        first, second = found[:16] + middle, found[16:] - middle
+        parts = (parts[0] + PART_STEP * (first - parts[0]), parts[1] + PART_STEP * (second - parts[1]))
+    return best
+
+
+def whole_parts(
+    parts: tuple[np.ndarray, np.ndarray], count: np.ndarray
+) -> tuple[list[int], list[int], float]:
+    """Parts in whole numbers, and their step; levels are within +-127, and of the first part the first eight
+    below 0 and the others not. Of many steps, and of many numbers to add to one part and take off the other,
+    those that move the levels least, weighed by how often each occurs (`count` `[8, 16]`)."""
+    share = count / count.sum()
+    best: tuple[float, list[int], list[int], float] = (np.inf, [], [], 0.0)
+    for step in np.linspace(1.0, 1.25, 251) * np.abs(np.add.outer(parts[1], parts[0])).max() / 127.0:
+        for moved in np.linspace(-0.5, 0.5, 101)[:-1] * step:
+            first, second = np.rint((parts[0] + moved) / step), np.rint((parts[1] - moved) / step)
+            levels = np.add.outer(second, first)
+            error = np.add.outer(parts[1], parts[0]) - levels * step
+            off = float(np.sum(share * error**2))
+            fits = np.abs(levels).max() <= 127 and first[7] < 0 <= first[8]
+            if fits and off < best[0]:
+                best = (off, [int(i) for i in first], [int(i) for i in second], float(np.float32(step)))
+    print(f"rounding adds {best[0]:.6f}")
+    return best[1:]
+
+
 def train_all(path: Path) -> None:
     """Train the levels of every map in the shipped file and write them to `path`."""
     tables: dict[str, Any] = json.loads(SHIPPED.read_text(encoding="utf-8"))
@@ -68,6 +128,14 @@ def train_all(path: Path) -> None:
     for state_bits in STATE_BITS:
         for bits in TRELLIS_BITS:
             entry = tables["states"][str(1 << state_bits)][str(bits)]
+            if "terms" in entry:
+                terms = tuple(tuple((shift, mask) for shift, mask in part) for part in entry["terms"])
+                code = TrellisCode(state_bits, bits, rows_of(terms), np.zeros(128, dtype=np.int8), 1.0, terms)
+                error, parts, count = trained_parts(code, x, PART_ITERATIONS)
+                first, second, step = whole_parts(parts, count)
+                entry |= {"parts": [first, second], "step": step.hex()}
+                print(f"{1 << state_bits} states, {bits} bits: squared error {error:.5f}", flush=True)
+                continue
             rows = tuple(entry["rows"])
             code = TrellisCode(state_bits, bits, rows, np.zeros(1 << len(rows), dtype=np.int8), 1.0)
             error, levels = trained(code, quantiles(1 << len(rows)), x, iterations=80)
@@ -84,9 +152,8 @@ def as_text(tables: dict[str, Any]) -> str:
     for i, (states, by_bits) in enumerate(tables["states"].items()):
         lines.append(f'  "{states}": {{')
         for j, (bits, entry) in enumerate(by_bits.items()):
-            fields = ",\n".join(
-                f'    "{key}": {json.dumps(entry[key])}' for key in ("rows", "levels", "step")
-            )
+            keys = ("terms", "parts", "step") if "terms" in entry else ("rows", "levels", "step")
+            fields = ",\n".join(f'    "{key}": {json.dumps(entry[key])}' for key in keys)
             lines.append(f'   "{bits}": {{\n{fields}\n   }}' + ("," if j + 1 < len(by_bits) else ""))
         lines.append("  }" + ("," if i + 1 < len(tables["states"]) else ""))
     return "\n".join([*lines, " }", "}", ""])

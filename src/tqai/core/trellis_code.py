@@ -3,6 +3,16 @@
     bit j of m = parity of w & rows[j]        w: window of L = state_bits + bits bits; j = 0 .. t - 1
     value      = levels[m] * step             levels: int8 [2**t], t = 6 or 7
 
+Codes of 4 bits have levels of two parts, and of m two nibbles that are a few shifts of the row's bits away:
+
+    levels[m]     = parts[0][m % 16] + parts[1][m // 16]                    int8 [16] and [8]
+    m % 16        = low 4 bits of the sum (exclusive or) of (w >> shift) & mask over terms[0]
+    m // 16       = low 3 bits, over terms[1]
+
+so that eight neighbours' are found at once in a 32-bit word and looked up by byte permutes of 8 or 16. The first
+eight of parts[0] are negative, the others not: a permute that yields the sign of an entry for the codes of the
+other half so yields -1 or 0.
+
 Values are in units of a coordinate's standard deviation, 1 / sqrt(head_dim) for a unit vector, the same for
 every head_dim. A table of 64 or 128 bytes fits the registers that a CPU's byte permutes read, and a linear
 map of bits is one instruction there; elsewhere `window_levels` has all 2**L values.
@@ -14,6 +24,7 @@ The numbers are package data (`core/tables/trellis.json`), found and written by
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import resources
@@ -23,11 +34,13 @@ from numpy.typing import NDArray
 
 from tqai.errors import ConfigError
 
-__all__ = ["STATE_BITS", "TABLE_FILE", "TRELLIS_BITS", "TrellisCode", "trellis_code"]
+__all__ = ["PART_BITS", "STATE_BITS", "TABLE_FILE", "TRELLIS_BITS", "TrellisCode", "rows_of", "trellis_code"]
 
 TABLE_FILE = "trellis.json"
 STATE_BITS = (6, 8)
 TRELLIS_BITS = (1, 2, 3, 4)
+PART_BITS = (4, 3)
+"""Bits of an index into either part of the levels of 4-bit codes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +53,8 @@ class TrellisCode:
         rows: a mask of window bits for every bit of m, least significant first.
         levels: int8 `[64]` or `[128]`, read-only.
         step: a level's unit, in standard deviations of a coordinate; a float32.
+        terms: of 4 bits, for each part of the levels (shift, mask) pairs; else empty.
+        parts: of 4 bits, int8 `[16]` (eight numbers below 0, eight others) and `[8]`; else empty.
     """
 
     state_bits: int
@@ -47,6 +62,8 @@ class TrellisCode:
     rows: tuple[int, ...]
     levels: NDArray[np.int8]
     step: float
+    terms: tuple[tuple[tuple[int, int], ...], ...] = ()
+    parts: tuple[NDArray[np.int8], ...] = ()
 
     @property
     def window_bits(self) -> int:
@@ -84,7 +101,35 @@ def trellis_code(state_bits: int, bits: int) -> TrellisCode:
         )
     text = resources.files("tqai.core.tables").joinpath(TABLE_FILE).read_text(encoding="utf-8")
     entry = json.loads(text)["states"][str(1 << state_bits)][str(bits)]
-    levels = np.array(entry["levels"], dtype=np.int8)
-    levels.setflags(write=False)
-    rows = tuple(int(row) for row in entry["rows"])
-    return TrellisCode(state_bits, bits, rows, levels, float.fromhex(entry["step"]))
+    step = float.fromhex(entry["step"])
+    if "parts" not in entry:
+        levels = _read_only(entry["levels"])
+        return TrellisCode(state_bits, bits, tuple(int(row) for row in entry["rows"]), levels, step)
+    terms = tuple(tuple((int(shift), int(mask)) for shift, mask in part) for part in entry["terms"])
+    parts = tuple(_read_only(part) for part in entry["parts"])
+    levels = _read_only(np.add.outer(parts[1].astype(np.int64), parts[0]).reshape(-1))
+    return TrellisCode(state_bits, bits, rows_of(terms), levels, step, terms, parts)
+
+
+def rows_of(terms: tuple[tuple[tuple[int, int], ...], ...]) -> tuple[int, ...]:
+    """The rows of a map that is given by `terms`: 4 of the first part, then 3 of the second.
+
+    >>> rows_of((((0, 15), (6, 15)), ((3, 7),)))
+    (65, 130, 260, 520, 8, 16, 32)
+    """
+    rows = []
+    for part, width in zip(terms, PART_BITS, strict=True):
+        for bit in range(width):
+            row = 0
+            for shift, mask in part:
+                row ^= (mask >> bit & 1) << (shift + bit)
+            rows.append(row)
+    return tuple(rows)
+
+
+def _read_only(levels: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int8]:
+    out = np.array(levels).astype(np.int8)
+    if not np.array_equal(out, levels):
+        raise ValueError(f"levels {levels} are not all of a byte")
+    out.setflags(write=False)
+    return out
