@@ -9,9 +9,9 @@ Codes of 4 bits have levels of two parts, and of m two nibbles that are a few sh
     m % 16        = low 4 bits of the sum (exclusive or) of (w >> shift) & mask over terms[0]
     m // 16       = low 3 bits, over terms[1]
 
-so that eight neighbours' are found at once in a 32-bit word and looked up by byte permutes of 8 or 16. The first
-eight of parts[0] are negative, the others not: a permute that yields the sign of an entry for the codes of the
-other half so yields -1 or 0.
+so that those of eight neighbours are found at once in a 32-bit word, and looked up by byte permutes. The
+first eight of parts[0] are negative, the others not: a permute that yields the sign of an entry for the codes
+of the other half so yields -1 or 0.
 
 Values are in units of a coordinate's standard deviation, 1 / sqrt(head_dim) for a unit vector, the same for
 every head_dim. A table of 64 or 128 bytes fits the registers that a CPU's byte permutes read, and a linear
