@@ -69,10 +69,6 @@ def squared_errors(vectors, decoded):
     return np.square(decoded.astype(np.float64) - vectors).sum(-1) / np.square(vectors).sum(-1)
 
 
-def squared_error(vectors, decoded):
-    return squared_errors(vectors, decoded).mean()
-
-
 @pytest.mark.parametrize(
     ("name", "bits", "dim", "spec"),
     [
