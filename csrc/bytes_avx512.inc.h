@@ -20,7 +20,8 @@
  *            vpshufb    64 levels
  *            vpdpbusd   lane t += the four terms of byte 4 t .. 4 t + 3 times four bytes of a row
  *
- * The lookups run beside the products on other ports. Six rows times four units are 24 sums, all in registers.
+ * The lookups run beside the products on other ports. Sums stay in registers: of keys six rows times four units, 24; of
+ * values half of them, as their sums go on over eight pages.
  */
 
 #define BYTE_ROWS(rows) ((rows) + ((rows) + 1) / 2)
@@ -77,15 +78,8 @@ INLINE __m512i byte_table(const tqai_codec *codec, int bits, int offset) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)level));
 }
 
-/* *sum += products, in the order in which it is written: the compiler would move them about until 32 registers are
- * too few. */
-INLINE void add_bytes(__m512i *sum, __m512i without_sign, __m512i with_sign) {
-    *sum = _mm512_dpbusd_epi32(*sum, without_sign, with_sign);
-    __asm__ volatile("" : "+v"(*sum));
-}
-
 /* Levels of units 2 two and 2 two + 1 of quad first + i (i 0 or 1, first even). The same lines of `next` are
- * prefetched. */
+ * prefetched, by whichever of the two comes first or in turns. */
 INLINE void two_units(__m512i table, int bits, const uint8_t *codes, const uint8_t *next, int high, int first, int i,
                       int two, __m512i *unit) {
     const int per_line = bits == 4 ? 2 : 4;
@@ -95,7 +89,7 @@ INLINE void two_units(__m512i table, int bits, const uint8_t *codes, const uint8
         __m512i line = _mm512_loadu_si512(codes + at);
         if (s % 2 == 0) __asm__ volatile("" : "+v"(line)); /* nor is it loaded earlier */
         __m512i index = _mm512_srli_epi16(line, (unsigned)(8 / per_line * (s % per_line)));
-        if (s % per_line == 0) _mm_prefetch((const char *)next + at, _MM_HINT_T1);
+        if (bits == 4 ? s % 2 == 0 : i == two && s % 2 == 0) _mm_prefetch((const char *)next + at, _MM_HINT_T1);
         if (bits == 3) {
             const int bit = 4 * i + s, top_at = high + LINE_BYTES * (first / 2);
             const __m512i top = _mm512_loadu_si512(codes + top_at);
@@ -135,6 +129,8 @@ INLINE void add_sums(__m512 high, __m512 low, int second, float step, float *to)
 }
 
 typedef int32_t __attribute__((may_alias, aligned(1))) four_bytes;
+
+/* The products are written as instructions, as the compiler would move them about until 32 registers are too few. */
 INLINE void key_bytes(const tqai_codec *codec, int bits, const uint8_t *const *codes, const uint8_t *const *next, int pages,
                       const int16_t *q, int rows, int32_t *dots) {
     const int dim = codec->head_dim, high = (int)tqai_high_plane_at(dim);
@@ -168,36 +164,41 @@ INLINE void key_bytes(const tqai_codec *codec, int bits, const uint8_t *const *c
     }
 }
 
-/* A chunk of `groups` (1, 2 or 4) groups of 16 dims; a quad of units holds 4 / groups quads of tokens. */
-INLINE void value_byte_chunk(const tqai_codec *codec, int bits, __m512i table, const uint8_t *const *codes,
+/* Units 2 two and 2 two + 1 of the quads of a chunk of `groups` (1, 2 or 4) groups of 16 dims; a quad of units holds
+ * 4 / groups quads of tokens. */
+INLINE void value_byte_units(const tqai_codec *codec, int bits, __m512i table, const uint8_t *const *codes,
                              const uint8_t *const *next, int pages, const int8_t *bytes, const float *step, int rows,
-                             int chunk, int groups, float *acc) {
+                             int chunk, int groups, int two, float *acc) {
     const int tokens = 4 / groups, high = (int)tqai_high_plane_at(codec->head_dim);
-    __m512i sum[BYTE_ROWS(MAX_ROWS)][4];
+    __m512i sum[BYTE_ROWS(MAX_ROWS)][2];
 #pragma GCC unroll 6
-    for (int b = 0; b < BYTE_ROWS(rows); b++)
-#pragma GCC unroll 4
-        for (int g = 0; g < groups; g++) sum[b][g] = _mm512_setzero_si512();
+    for (int b = 0; b < BYTE_ROWS(rows); b++) sum[b][0] = sum[b][1] = _mm512_setzero_si512();
     for (int page = 0; page < pages; page++)
         for (int quad = 0; quad < 4 * groups; quad += 2)
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
                 __m512i unit[2];
-                two_units(table, bits, codes[page], next[page], high, 16 * chunk + quad, i / 2, i % 2, unit);
+                two_units(table, bits, codes[page], next[page], high, 16 * chunk + quad, i, two, unit);
 #pragma GCC unroll 6
                 for (int b = 0; b < BYTE_ROWS(rows); b++) {
-                    const int8_t *of_page = bytes + b * BLOCK_TOKENS + TQAI_PAGE_TOKENS * page + 4 * tokens * (quad + i / 2);
+                    const int8_t *of_page = bytes + b * BLOCK_TOKENS + TQAI_PAGE_TOKENS * page + 4 * tokens * (quad + i);
 #pragma GCC unroll 2
-                    for (int s = 0; s < 2; s++)
-                        add_bytes(&sum[b][(i % 2 * 2 + s) % groups], four_of(of_page + 4 * ((i % 2 * 2 + s) / groups)), unit[s]);
+                    for (int s = 0; s < 2; s++) sum[b][s] = _mm512_dpbusd_epi32(sum[b][s], four_of(of_page + 4 * ((2 * two + s) / groups)), unit[s]);
                 }
             }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int g = 0; g < groups; g++)
-            add_sums(_mm512_cvtepi32_ps(sum[r][g]), _mm512_cvtepi32_ps(sum[rows + r / 2][g]), r % 2, step[r],
-                     acc + r * codec->head_dim + 64 * chunk + 16 * g);
+#pragma GCC unroll 2
+        for (int s = 0; s < 2; s++)
+            add_sums(_mm512_cvtepi32_ps(sum[r][s]), _mm512_cvtepi32_ps(sum[rows + r / 2][s]), r % 2, step[r],
+                     acc + r * codec->head_dim + 64 * chunk + 16 * ((2 * two + s) % groups));
+}
+
+INLINE void value_byte_chunk(const tqai_codec *codec, int bits, __m512i table, const uint8_t *const *codes,
+                             const uint8_t *const *next, int pages, const int8_t *bytes, const float *step, int rows,
+                             int chunk, int groups, float *acc) {
+    value_byte_units(codec, bits, table, codes, next, pages, bytes, step, rows, chunk, groups, 0, acc);
+    value_byte_units(codec, bits, table, codes, next, pages, bytes, step, rows, chunk, groups, 1, acc);
 }
 
 INLINE void value_bytes(const tqai_codec *codec, int bits, const uint8_t *const *codes, const uint8_t *const *next,
