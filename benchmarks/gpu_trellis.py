@@ -41,6 +41,7 @@ ATTENTION = (
     ("trellis256", 3),
     ("scalar", 4),
     ("trellis", 4),
+    ("trellis256", 4),
 )
 SIZES = ((1, 32768), (1, 131072), (8, 131072))
 ENCODED = (("scalar", 3), ("trellis", 2), ("trellis", 3), ("trellis", 4), ("trellis256", 3))

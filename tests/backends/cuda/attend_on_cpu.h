@@ -111,7 +111,7 @@ static float warp_maximum(unsigned x) {
     return __uint_as_float(most);
 }
 // m16n8k32 or, with WIDE 0, m16n8k16 of bytes: who holds what is in the PTX manual.
-template <bool WIDE, bool UNSIGNED_B>
+template <bool WIDE, bool UNSIGNED_B, bool UNSIGNED_A = false>
 static void multiply(int (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     const int l = own_lane(), g = l / 4, c = l % 4;
     const Given* all = meet({{a0, a1, a2, a3, b0, b1}});
@@ -121,7 +121,7 @@ static void multiply(int (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigne
             for (int part = 0; part < (WIDE ? 2 : 1); ++part) {
                 const unsigned a = all[4 * g + q].word[row + 2 * part], b = all[4 * column + q].word[4 + part];
                 for (int i = 0; i < 32; i += 8)
-                    d[k] += (int)(int8_t)(a >> i) * (UNSIGNED_B ? (int)(uint8_t)(b >> i) : (int)(int8_t)(b >> i));
+                    d[k] += (UNSIGNED_A ? (int)(uint8_t)(a >> i) : (int)(int8_t)(a >> i)) * (UNSIGNED_B ? (int)(uint8_t)(b >> i) : (int)(int8_t)(b >> i));
             }
     }
 }

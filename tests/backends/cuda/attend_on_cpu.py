@@ -37,7 +37,10 @@ TRELLIS_BODIES = {
     "load_shared": "return *(const u32*)(blocks[block_number()].shared + address);",
     "either": "return (a & mask) | (b & ~mask);",
     "differing": "return (a ^ b) & mask;",
-    "masked_and": "return (a & mask) | b;",
+    "upper_half": "return x >> 16;",
+    "mma_u8s8": "multiply<true, false, true>(d, a0, a1, a2, a3, b0, b1);",
+    "mma_u8s8_half": "multiply<false, false, true>(d, a0, a1, 0, 0, b0, 0);",
+    "mma_u8u8": "multiply<true, true, true>(d, a0, a1, a2, a3, b0, b1);",
     "mma_tf32": "abort();",
     "mma_bf16": "abort();",
 }

@@ -1,13 +1,11 @@
-"""Attention on trellis codes with split tables (`trellis_split.cuh`): the kernels' text, run on the CPU."""
+"""Attention on trellis codes of 3 and 4 bits (`trellis_split.cuh`, `trellis_parts.cuh`), run on the CPU."""
 
 from __future__ import annotations
 
 import pytest
 from tests.backends.cuda.test_attend_cpu import check, folder, gpu, make_case  # noqa: F401
 
-from tqai.backends.cuda import calls
 from tqai.backends.cuda.plan import Shape
-from tqai.backends.cuda.trellis_plan import Form
 
 BOUND = 1e-4
 """Levels are exact; queries and weights have 16 bits."""
@@ -19,10 +17,18 @@ def test_keys_and_values_in_two_candidates(gpu, dim):  # noqa: F811
     check(case, bound=BOUND, splits=1)
 
 
-@pytest.mark.parametrize(("codec", "dim"), [("trellis", 80), ("trellis256", 64)])
-def test_codes_of_4_bits_in_four_candidates(gpu, monkeypatch, codec, dim):  # noqa: F811
-    monkeypatch.setattr(calls, "table_forms", lambda *_: (Form(False, 32, True),) * 2)
-    case = make_case(bits=(4, 4), dim=dim, codec=codec, pages=2, recent=5, sinks=0, group=3, new_tokens=1)
+@pytest.mark.parametrize(
+    ("bits", "dim", "codec"),
+    [
+        ((4, 4), 80, "trellis"),
+        ((4, 4), 64, "trellis256"),
+        ((4, 4), 128, "trellis"),
+        ((4, 3), 96, "trellis"),
+        ((3, 4), 64, "trellis"),
+    ],
+)
+def test_codes_of_4_bits_in_parts_on_either_side(gpu, bits, dim, codec):  # noqa: F811
+    case = make_case(bits=bits, dim=dim, codec=codec, pages=2, recent=5, sinks=0, group=3, new_tokens=1)
     check(case, bound=BOUND, splits=1)
 
 

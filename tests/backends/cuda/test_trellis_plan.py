@@ -12,6 +12,7 @@ from tqai.backends.cuda import compile as compiling
 from tqai.backends.cuda.plan import attention_shared_bytes, choose_shape, codec_macros, refuse_format
 from tqai.backends.cuda.trellis_encode import encode_macros
 from tqai.backends.cuda.trellis_plan import (
+    PARTS,
     Form,
     level_unit,
     table,
@@ -66,13 +67,30 @@ def test_split_entries_have_both_levels_of_two_neighbours():
     np.testing.assert_allclose(second * level_unit(codec), np.roll(wanted, -1, -1), rtol=1e-6)
 
 
+def permuted(words, selectors):
+    """What a byte permute takes out of two words: the sign of an entry where the selector's top bit is."""
+    entries = np.array(words, dtype="<u4").view(np.uint8)[selectors & 7].astype(int)
+    return np.where(selectors & 8, 255 * (entries > 127), entries)
+
+
 @pytest.mark.parametrize("name", ["trellis", "trellis256"])
-def test_split_entries_of_4_bits_have_the_levels_of_four_windows(name):
-    codec = make_codec(CodecSpec(name, 128, 4))
-    entries = table(codec, Form(False, 32, True)).view(np.int8).reshape(-1, 4)
-    windows = np.arange(1 << codec.code.window_bits)
-    found = entries[windows >> 2, windows & 3]
-    np.testing.assert_allclose(found * level_unit(codec), codec.tables()["windows"], rtol=1e-6)
+def test_parts_of_4_bits_add_up_to_the_levels_of_windows(name):
+    """By the macros, as `trellis_parts.cuh` takes them: three permutes, one of the first two 0."""
+    page_format = formats(4, 2, name=name)
+    macros = table_macros(page_format, table_forms(page_format, LIMIT))
+    assert (macros["PARTSK"], macros["PARTSV"]) == (1, 0)
+    windows = np.arange(1 << page_format.key.code.window_bits)
+    index = [np.zeros_like(windows), np.zeros_like(windows)]
+    for part in range(2):
+        for term in int(macros[f"MAPK{part}"]).to_bytes(4, "little"):
+            index[part] ^= windows >> (term & 15) & (term >> 4)
+    words = [macros[f"LEVELSK{i}"] for i in range(6)]
+    below, above = permuted(words[:2], index[0]), permuted(words[2:4], ~index[0] & 15)
+    assert not (below * above).any()
+    found = above - below + permuted(words[4:], index[1])
+    assert found.min() >= 0 and found.max() <= 255, "bytes must not carry"
+    levels = (found - macros["BIASK"]) * level_unit(page_format.key)
+    np.testing.assert_allclose(levels, page_format.key.tables()["windows"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("limit", [LIMIT, 166912, 101376])
@@ -97,9 +115,16 @@ def test_equal_bits_share_a_table_and_use_pairs_where_they_fit():
     assert table_bytes(formats(3, 3), (Form(False, 32, True),) * 2) == 1024 * 32 * 4
     assert table_bytes(formats(3, 3), (Form(False, 32),) * 2) == 512 * 32 * 4
     assert table_forms(formats(3, 3), 166912) == (Form(False, 32),) * 2
-    assert table_forms(formats(4, 4, name="trellis256"), LIMIT) == (Form(False, 32, True),) * 2
-    assert table_forms(formats(4, 4), LIMIT) == (Form(False, 32, True),) * 2
-    assert table_bytes(formats(4, 4), table_forms(formats(4, 4), LIMIT)) == 256 * 32 * 4
+
+
+def test_codes_of_4_bits_need_no_table():
+    for name in ("trellis", "trellis256"):
+        assert table_forms(formats(4, 4, name=name), 101376) == (PARTS, PARTS)
+        assert table_bytes(formats(4, 4, name=name), (PARTS, PARTS)) == 0
+    assert table_forms(formats(4, 2), LIMIT) == (PARTS, Form(True, 32))
+    assert table_forms(formats(3, 4), LIMIT) == (Form(False, 32, True), PARTS)
+    assert table_bytes(formats(3, 4), (Form(False, 32, True), PARTS)) == 1024 * 32 * 4
+    assert table(formats(4, 4).key, PARTS).size == 0
 
 
 def test_refusals_say_what():
@@ -115,7 +140,8 @@ def test_refusals_say_what():
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 @pytest.mark.parametrize(
-    ("arch", "bits", "dim", "name"), [("sm_90", 3, 80, "trellis"), ("sm_80", 2, 128, "trellis256")]
+    ("arch", "bits", "dim", "name"),
+    [("sm_90", 3, 80, "trellis"), ("sm_80", 2, 128, "trellis256"), ("sm_80", 4, 80, "trellis")],
 )
 def test_sources_compile(tmp_path, arch, bits, dim, name):
     page_format = formats(bits, bits, dim, name=name)

@@ -192,8 +192,8 @@ class Prepared:
 
     def _fit(self, function: Kernel, splits: int, segments: int, threads: int, shared: int) -> bool:
         """Whether clusters of `splits` blocks, one for each segment, run all at a time."""
-        if not self.has_clusters or splits > MAX_CLUSTER or self.table_bytes is not None:
-            return False  # with trellis codes: see `copy_address` in trellis_lookup.cuh
+        if not self.has_clusters or splits > MAX_CLUSTER or self.table_bytes:
+            return False  # with tables of trellis codes: see `copy_address` in trellis_lookup.cuh
         key = (function.address, splits, threads, shared)
         found = self._clusters.get(key)
         if found is None:

@@ -161,8 +161,8 @@ struct Constants {
         for (int k = 0; k < SIGNS / THREADS + 1; ++k)
             if (tid + k * THREADS < SIGNS) m.signs[tid + k * THREADS] = mine[k];
 #if TRELLIS
-        keep_table(m.luts, p.lut_k, K_TABLE_WORDS, COPIESK, tid);
-        if (!SAME) keep_table(m.luts + K_TABLE_WORDS, p.lut_v, V_TABLE_WORDS, COPIESV, tid);
+        if (COPIESK) keep_table(m.luts, p.lut_k, K_TABLE_WORDS, COPIESK, tid);
+        if (COPIESV && !SAME) keep_table(m.luts + K_TABLE_WORDS, p.lut_v, V_TABLE_WORDS, COPIESV, tid);
 #else
         if (BK == 8)
             for (int i = tid; i < 8192; i += THREADS) m.luts[i] = p.lut_k[i >> 5];

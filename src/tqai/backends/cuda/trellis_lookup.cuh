@@ -13,6 +13,8 @@
 //     two (PAIR)        levels of the windows at bits s and s + bits, as a pair of bfloat16, for m16n8k16
 //     two (SPLIT)       in two candidates each, as bytes: `trellis_split.cuh`
 //
+// Codes of 4 bits need no table: `trellis_parts.cuh`.
+//
 // Levels are whole numbers up to 127, exact in either. Their other factors come in two parts.
 
 #define TABLE_SHIFT(copies) ((copies) == 32 ? 7 : (copies) == 16 ? 6 : 5)

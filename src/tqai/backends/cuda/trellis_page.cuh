@@ -8,7 +8,7 @@ using Values = Runs<DV, BV, SV, PAIRV, 8>;
 
 // What a warp has seen so far of a segment, in base 2.
 struct Running {
-#if SPLITV
+#if BYTESV
     float o[V_UNITS][2];  // dimensions of part g 2 u and 2 u + 1
 #else
     float o[V_UNITS][4];  // dimension of part g 2 u, high and low part of the weights; then dimension 2 u + 1
@@ -22,7 +22,7 @@ struct Running {
         for (int u = 0; u < V_UNITS; ++u) set(u, 0, 0.0f), set(u, 1, 0.0f);
     }
     // The h-th output of unit u, and its place among the outputs.
-#if SPLITV
+#if BYTESV
     __device__ __forceinline__ float out(int u, int h) const { return o[u][h]; }
     __device__ __forceinline__ void set(int u, int h, float y) { o[u][h] = y; }
 #else
@@ -37,7 +37,7 @@ struct Running {
 #pragma unroll
         for (int u = 0; u < V_UNITS; ++u)
 #pragma unroll
-            for (int i = 0; i < (SPLITV ? 2 : 4); ++i) o[u][i] *= f;
+            for (int i = 0; i < (BYTESV ? 2 : 4); ++i) o[u][i] *= f;
     }
     __device__ __forceinline__ static int place(int u, int h, int g) { return g * (DV / 8) + 2 * u + h; }
 };
@@ -51,11 +51,17 @@ __device__ __forceinline__ const u8* mask_row(const Params& p, const Place& at, 
 }
 #endif
 
+#if BYTESV
+#include "trellis_bytes.cuh"
+#endif
 #if SPLITK || SPLITV
 #include "trellis_split.cuh"
 #endif
+#if PARTSK || PARTSV
+#include "trellis_parts.cuh"
+#endif
 
-#if !SPLITK
+#if !BYTESK
 // Products of two tokens' keys with all query columns; x[0], x[1] for column c.
 __device__ __forceinline__ void take_keys(const Query& q, const u32 (&w)[Keys::WORDS + 1], int run, float copy, int neighbour, float& x0, float& x1) {
     u32 bits[2][Keys::LENGTH / Keys::GRAIN + 1];
@@ -84,7 +90,7 @@ __device__ __forceinline__ void take_keys(const Query& q, const u32 (&w)[Keys::W
 
 #endif
 
-#if !SPLITV
+#if !BYTESV
 // Four tokens' values times their weights (of column g / 2, part g % 2) onto the outputs.
 __device__ __forceinline__ void take_values(Running& r, const u32 (&w)[Values::WORDS + 1], int run, float copy, int neighbour, const float* weights, u32 high) {
     const float4 f = *(const float4*)weights;
@@ -122,7 +128,7 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     const int g = lane >> 2, c = lane & 3;
     float x[8], w[8];
     {
-        const float copy = copy_address<COPIESK>(m.lut_k(), lane);
+        [[maybe_unused]] const float copy = copy_address<COPIESK>(m.lut_k(), lane);
         const int neighbour = (lane & ~3) | ((lane + 1) & 3);
 #pragma unroll 4
         for (int block = 0; block < 8 / Keys::BLOCK; ++block) {
@@ -133,7 +139,9 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
             for (int i = 0; i + Keys::BLOCK < 8; ++i) x[i] = x[i + Keys::BLOCK];
 #pragma unroll
             for (int i = 0; i < Keys::BLOCK; i += 2) {
-#if SPLITK
+#if PARTSK
+                take_part_keys(p, q, words, i, neighbour, x[8 - Keys::BLOCK + i], x[9 - Keys::BLOCK + i]);
+#elif SPLITK
                 take_split_keys(p, q, words, i, copy, neighbour, x[8 - Keys::BLOCK + i], x[9 - Keys::BLOCK + i]);
 #else
                 take_keys(q, words, i, copy, neighbour, x[8 - Keys::BLOCK + i], x[9 - Keys::BLOCK + i]);
@@ -201,7 +209,7 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
         w[i] *= e;
     }
     // from "lane 4 g + c has tokens 8 g .. of column c" to "lane 4 g + c has tokens 16 n + 4 c .. of column g / 2"
-#if SPLITV
+#if BYTESV
     float heaviest = max_nan(max_nan(max_nan(w[0], w[1]), max_nan(w[2], w[3])), max_nan(max_nan(w[4], w[5]), max_nan(w[6], w[7])));
 #pragma unroll
     for (int o = 4; o < 32; o *= 2) heaviest = max_nan(heaviest, __shfl_xor_sync(FULL, heaviest, o));
@@ -211,6 +219,9 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     __syncwarp();
     const u8* weights = scratch + g * WEIGHT_ROW + 4 * c;
     PageSums sums = {};
+#if PARTSV
+    begin_sums(sums, weights);
+#endif
 #else
     __syncwarp();
     float* pass = (float*)scratch + c * WEIGHT_PITCH + 8 * g;
@@ -220,7 +231,7 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
     const float* weights = (const float*)scratch + (g >> 1) * WEIGHT_PITCH + 4 * c;
     const u32 high = g & 1 ? HIGH_BITS(PAIRV) : 0;
 #endif
-    const float copy = copy_address<COPIESV>(m.lut_v(), lane);
+    [[maybe_unused]] const float copy = copy_address<COPIESV>(m.lut_v(), lane);
     const int neighbour = (lane + 4) & 31;
 #pragma unroll 4
     for (int block = 0; block < 16 / Values::BLOCK; ++block) {
@@ -229,14 +240,16 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
 #pragma unroll
         for (int i = 0; i < Values::BLOCK; i += 4) {
             const int group = block * (Values::BLOCK / 4) + i / 4;
-#if SPLITV
+#if PARTSV
+            take_part_values(p, sums, words, i, neighbour, *(const u32*)(weights + 16 * group));
+#elif SPLITV
             take_split_values(sums, words, i, copy, neighbour, *(const u32*)(weights + 16 * group));
 #else
             take_values(r, words, i, copy, neighbour, weights + 16 * group, high);
 #endif
         }
     }
-#if SPLITV
+#if BYTESV
 #pragma unroll
     for (int u = 0; u < V_UNITS; ++u) {
         const int* even = sums.even[u / 2] + u % 2 * 2;

@@ -14,6 +14,7 @@ from tqai.core.trellis import STATES
 from tqai.core.trellis_code import TrellisCode, trellis_code
 
 __all__ = [
+    "PARTS",
     "Form",
     "is_trellis",
     "level_unit",
@@ -28,19 +29,22 @@ __all__ = [
 WINDOW_BITS = 15
 """A table has at most 2**15 entries with all its copies, 128 KiB."""
 REGISTER_BITS = 24
-SPLIT = {3: 1, 4: -2}
-"""Bits of an entry's number in a split table beyond those of a window."""
 RING_BYTES = 64 * 1024
 """What a block wants of shared memory beside its tables."""
 
 
 class Form(NamedTuple):
     """Of a table in shared memory: entries for pairs of coordinates or for one, and copies of each, 32 (every
-    lane its own), 16 or 8 (lanes wait for each other); `split` for levels in several candidates."""
+    lane its own), 16 or 8 (lanes wait for each other); `split` for levels in two candidates. Or, of 4 bits,
+    `PARTS`: no table in shared memory at all."""
 
     pair: bool
     copies: int
     split: bool = False
+
+
+PARTS = Form(False, 0)
+"""Levels in two parts, looked up in registers (`trellis_parts.cuh`)."""
 
 
 def is_trellis(page_format: PageFormat) -> bool:
@@ -74,7 +78,7 @@ def _code(codec: Codec) -> TrellisCode:
 
 
 def _entry_bits(codec: Codec, form: Form) -> int:
-    further = SPLIT[codec.spec.bits] if form.split else codec.spec.bits if form.pair else 0
+    further = 1 if form.split else codec.spec.bits if form.pair else 0
     return _code(codec).window_bits + further
 
 
@@ -84,13 +88,17 @@ def _bytes(codec: Codec, form: Form) -> int:
 
 def _cost(codec: Codec, form: Form) -> float:
     """Cycles of shared memory per value: 32 random lanes on 32, on 2 by 2 and on 4 by 4 banks. A split table
-    takes half a cycle with 3 bits, one with 4, and other units more: as they were measured."""
+    takes half a cycle, and other units more: as it was measured."""
+    if form == PARTS:
+        return 0.0
     if form.split:
-        return 0.8 if codec.spec.bits == 3 else 0.95
+        return 0.8
     return {32: 1.0, 16: 2.0, 8: 3.0}[form.copies] / (2 if form.pair else 1)
 
 
 def _forms(codec: Codec) -> list[Form]:
+    if codec.spec.bits == 4:
+        return [PARTS]
     found = []
     for pair in (False, True):
         for copies in (32, 16, 8):
@@ -101,7 +109,7 @@ def _forms(codec: Codec) -> list[Form]:
             furthest = (8 if odd and window > 9 else 16) - (1 if odd else bits * (1 + pair))
             if furthest + window <= REGISTER_BITS and _bytes(codec, form) <= 4 << WINDOW_BITS:
                 found.append(form)
-    if codec.spec.bits == 4 or (codec.spec.bits == 3 and codec.spec.name == "trellis"):
+    if codec.spec.bits == 3 and codec.spec.name == "trellis":
         found.append(Form(False, 32, True))
     return found
 
@@ -139,6 +147,10 @@ def table_bytes(page_format: PageFormat, forms: tuple[Form, Form]) -> int:
 def table_macros(page_format: PageFormat, forms: tuple[Form, Form]) -> dict[str, int]:
     """Macros of the attention kernel alone."""
     key, value = forms
+    parts: dict[str, int] = {}
+    for side, codec, form in (("K", page_format.key, key), ("V", page_format.value, value)):
+        if form == PARTS:
+            parts |= _part_macros(_code(codec), side)
     return {
         "PAIRK": int(key.pair),
         "PAIRV": int(value.pair),
@@ -146,17 +158,34 @@ def table_macros(page_format: PageFormat, forms: tuple[Form, Form]) -> dict[str,
         "SPLITV": int(value.split),
         "COPIESK": key.copies,
         "COPIESV": value.copies,
+        "PARTSK": int(key == PARTS),
+        "PARTSV": int(value == PARTS),
         "SAME": int(_shared(page_format)),
+        **parts,
     }
+
+
+def _part_macros(code: TrellisCode, side: str) -> dict[str, int]:
+    """The maps and the levels of 4-bit codes, as `trellis_parts.cuh` has them."""
+    macros = {}
+    for part, terms in enumerate(code.terms):
+        packed = b"".join(bytes([shift | mask << 4]) for shift, mask in terms)
+        macros[f"MAP{side}{part}"] = int.from_bytes(packed, "little")
+    low, high = code.parts
+    macros[f"BIAS{side}"] = bias = -int(low.min()) - int(high.min())
+    entries = np.concatenate([-low[:8], low[:7:-1], high.astype(np.int16) + bias])
+    for i, word in enumerate(entries.astype(np.uint8).view("<u4")):
+        macros[f"LEVELS{side}{i}"] = int(word)
+    return macros
 
 
 def table(codec: Codec, form: Form) -> NDArray[np.uint32]:
     """Entries of all windows: the level as float32, the levels of two neighbours as bfloat16, the first one
-    in the low half, or several levels as bytes (`trellis_split.cuh`). Levels are whole numbers;
-    `level_unit` is what one is worth."""
+    in the low half, or several levels as bytes (`trellis_split.cuh`); none for `PARTS`. Levels are whole
+    numbers; `level_unit` is what one is worth."""
     code = _code(codec)
-    if form.split and code.bits == 4:
-        return np.ascontiguousarray(code.window_levels).view(np.uint32)
+    if form == PARTS:
+        return np.empty(0, dtype=np.uint32)
     if form.split:
         middle = np.arange(1 << _entry_bits(codec, form)) << 1
         choices = np.arange(2)[:, None]

@@ -3,7 +3,7 @@
 //
 //     turned   [column][DK + 4], where the scalar codes' `qbytes` lie
 
-// or, for split tables (`trellis_split.cuh`), as two int8 parts:
+// or, for levels as bytes (`trellis_split.cuh`, `trellis_parts.cuh`), as two int8 parts:
 //
 //     qbytes   [2 * column + part][QBYTES_ROW], part 0 high; the bytes of a quarter as the keys' come
 
@@ -11,6 +11,8 @@
 
 #if SPLITK
 __device__ __forceinline__ int key_place(int d);
+#else
+__device__ __forceinline__ int key_place(int d) { return d; }
 #endif
 
 #include "raw_query.cuh"
@@ -34,7 +36,7 @@ __device__ __forceinline__ void take_query(const Params& p, const Shared& m, Raw
     float scale = top > 0.0f ? 1.0f / top : 1.0f;
     if (!(scale < 1.0e30f)) scale = top > 0.0f ? 1.0e30f : scale;
     const float turned = p.scaling < 0.0f ? -scale : scale;
-#if SPLITK
+#if BYTESK
     constexpr float UNITS = 32512.0f;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -67,14 +69,24 @@ __device__ __forceinline__ float part_of(float x, u32 high_bits) { return x - bi
 // B fragments of the queries, as one lane holds them: column g / 2, part g % 2 (0 high, 1 low), and the
 // dimensions of the runs of lane c of each four.
 struct Query {
-    u32 b[SPLITK ? DK / 16 : PAIRK ? DK / 8 : DK / 4];
+    u32 b[BYTESK ? DK / 16 : PAIRK ? DK / 8 : DK / 4];
+#if PARTSK
+    int without_bias[2];  // of column c, what a key's product with both parts begins with (`trellis_parts.cuh`)
+#endif
     float scale;  // of a logit: to base 2, or, with a soft cap, to the argument of its exponential
 
     __device__ __forceinline__ void load(const Params& p, const Shared& m, int g, int c) {
-#if SPLITK
+#if BYTESK
         const u32* row = (const u32*)(m.qbytes + g * QBYTES_ROW + c * (DK / 4));
 #pragma unroll
         for (int i = 0; i < DK / 16; ++i) b[i] = row[i];
+#if PARTSK
+        int d[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < DK / 16; ++i) mma_s8s8_half(d, MINUS_BYTES(BIASK), MINUS_BYTES(BIASK), b[i]);
+        without_bias[0] = d[0];
+        without_bias[1] = d[1];
+#endif
 #else
         const float* row = (const float*)m.qbytes + (g >> 1) * TURNED_PITCH + c * (DK / 4);
         const u32 high = g & 1 ? HIGH_BITS(PAIRK) : 0;

@@ -10,12 +10,6 @@
 // the first, then have theirs in turn at every fourth bit, where a byte permute's selector wants them: it takes
 // four levels out of two entries. Windows begin at bits 0 and 6 of the first stream, 4 and 10 of the second.
 
-// Codes of 4 bits have tables by all but the two lowest bits of one window, which choose among the four levels of an
-// entry: they lie at every fourth bit as it is. Windows begin at bits 0, 4, 8 and 12.
-//
-//     bit   0  1  2 ..... 9 (11 with 256 states)     entry: byte u, level for bits 0 and 1 = u
-//           '-u'  '- entry'
-
 #define OF_FIRST 0x24b49u  // bits 0, 3, 8, 11 and the same 6 further: what is needed of the first stream
 #define CHOICES 0x1111u
 #define ENTRIES 0x6240u    // first levels of both, then second levels of both
@@ -25,8 +19,7 @@ __device__ __forceinline__ u32 moved_down(u32 bits, int by, u32 plus) {
     return __float_as_uint(multiply_add(bits_float(bits), bits_float((u32)(127 - by) << 23), bits_float(plus)));
 }
 
-// One instruction each, which the compiler does not find: a where the mask is 1, else b; a ^ b where it is 1; a where
-// it is 1, and b.
+// One instruction each, which the compiler does not find: a where the mask is 1, else b; a ^ b where it is 1.
 __device__ __forceinline__ u32 either(u32 a, u32 b, u32 mask) {
     u32 y;
     asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(y) : "r"(a), "r"(b), "r"(mask));
@@ -35,11 +28,6 @@ __device__ __forceinline__ u32 either(u32 a, u32 b, u32 mask) {
 __device__ __forceinline__ u32 differing(u32 a, u32 b, u32 mask) {
     u32 y;
     asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(y) : "r"(a), "r"(b), "r"(mask));
-    return y;
-}
-__device__ __forceinline__ u32 masked_and(u32 a, u32 mask, u32 b) {
-    u32 y;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(a), "r"(mask), "r"(b));
     return y;
 }
 
@@ -51,18 +39,9 @@ __device__ __forceinline__ void four_levels(u32 a, u32 b, float copy, u32& one, 
     two = permute(look_up<10, 32>(a, 7, copy), look_up<10, 32>(b, 11, copy), moved_down(differing(mixed, above, CHOICES << 6), 6, ENTRIES));
 }
 
-// Levels of the windows of x, tables of ENTRY_BITS: two in bytes 0 and 1 of `low`, two in bytes 2 and 3 of `high`.
-template <int ENTRY_BITS>
-__device__ __forceinline__ void two_and_two(u32 x, float copy, u32& low, u32& high) {
-    const u32 choices = masked_and(x, 0x3333u, 0x4040u);
-    low = permute(look_up<ENTRY_BITS, 32>(x, 2, copy), look_up<ENTRY_BITS, 32>(x, 6, copy), choices);
-    high = permute(look_up<ENTRY_BITS, 32>(x, 10, copy), look_up<ENTRY_BITS, 32>(x, 14, copy), choices);
-}
-
 #if SPLITK
 // Where a dimension's byte lies among those of its lane: `four_levels` gives them in this order.
 __device__ __forceinline__ int key_place(int d) {
-    if (BK == 4) return d;
     constexpr int WHOLE = DK / 4 / 8 * 8;
     const int k = d & 7;
     // 0 4 1 5 2 6 3 7; where four are left, 0 2 1 3
@@ -75,30 +54,19 @@ __device__ __forceinline__ void take_split_keys(const Params& p, const Query& q,
 #pragma unroll
     for (int t = 0; t < 2; ++t) next[t] = __shfl_sync(FULL, Keys::head(w, run + t), neighbour);
     auto bits = [&](int t, int at) { return bits_at<Keys::LENGTH>(w, (run + t) * Keys::LENGTH, at, next[t]); };
-    auto four = [&](int t, int at) {
-        u32 low, high;
-        two_and_two<WINDOW_K>(bits(t, at), copy, low, high);
-        return __byte_perm(low, high, 0x7610);
-    };
     int dots[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int s = 0; s < Keys::DIMS / 8; ++s) {
         u32 one[2], two[2];
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-            if (BK == 4) one[t] = four(t, 32 * s), two[t] = four(t, 32 * s + 16);
-            else four_levels(bits(t, 24 * s), bits(t, 24 * s + 8), copy, one[t], two[t]);
-        }
+        for (int t = 0; t < 2; ++t) four_levels(bits(t, 24 * s), bits(t, 24 * s + 8), copy, one[t], two[t]);
         mma_s8s8(dots, one[0], one[1], two[0], two[1], q.b[2 * s], q.b[2 * s + 1]);
     }
     if constexpr (Keys::DIMS % 8) {
         constexpr int AT = 8 * BK * (Keys::DIMS / 8);
         u32 one[2], none;
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-            if (BK == 4) one[t] = four(t, AT);
-            else four_levels(bits(t, AT), bits(t, AT + 2), copy, one[t], none);
-        }
+        for (int t = 0; t < 2; ++t) four_levels(bits(t, AT), bits(t, AT + 2), copy, one[t], none);
         mma_s8s8_half(dots, one[0], one[1], q.b[Keys::DIMS / 4 - 1]);
     }
     x0 = (float)(dots[0] * p.times256 + dots[1]);
@@ -107,27 +75,6 @@ __device__ __forceinline__ void take_split_keys(const Params& p, const Query& q,
 #endif
 
 #if SPLITV
-// Weights of a page as 16-bit integers, in bytes: high and low part of column c in rows 2 c and 2 c + 1.
-#define WEIGHT_ROW 80
-
-__device__ __forceinline__ void pass_weights(const float (&w)[8], float share, u8* scratch, int g, int c) {
-    u32 n[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) n[i] = __float_as_uint(fmaf(w[i], share, 8388608.0f));
-    const u32 e0 = __byte_perm(n[0], n[1], 0x5410), e1 = __byte_perm(n[2], n[3], 0x5410);
-    const u32 e2 = __byte_perm(n[4], n[5], 0x5410), e3 = __byte_perm(n[6], n[7], 0x5410);
-    u8* to = scratch + 2 * c * WEIGHT_ROW + 8 * g;
-    *(uint2*)to = make_uint2(__byte_perm(e0, e1, 0x7531), __byte_perm(e2, e3, 0x7531));
-    *(uint2*)(to + WEIGHT_ROW) = make_uint2(__byte_perm(e0, e1, 0x6420), __byte_perm(e2, e3, 0x6420));
-}
-
-#define SPLIT_ROWS ((DV / 8 + 3) / 4)  // dimensions 4 r .. 4 r + 3 of each part
-
-// Sums of a page: dimensions 4 r and 4 r + 2 in `even[r]`, high and low part, 4 r + 1 and 4 r + 3 in `odd[r]`.
-struct PageSums {
-    int even[SPLIT_ROWS][4], odd[SPLIT_ROWS][4];
-};
-
 // Four tokens' values times their weights, the four bytes of `f` (of column g / 2, part g % 2). A factor's
 // register has two tokens' levels of two neighbouring dimensions, each wanted by one of two products: the
 // other's weights are 0.
@@ -138,20 +85,10 @@ __device__ __forceinline__ void take_split_values(PageSums& sums, const u32 (&w)
     auto bits = [&](int t, int at) { return bits_at<Values::LENGTH>(w, (run + t) * Values::LENGTH, at, next[t]); };
     const u32 f0 = f & 0xffffu, f1 = f >> 16, f2 = f << 16, f3 = f & 0xffff0000u;
 #pragma unroll
-    for (int r = 0; r < SPLIT_ROWS; ++r) {
+    for (int r = 0; r < BYTE_ROWS; ++r) {
         u32 one[2], two[2];
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-            if (BV == 4) {
-                u32 low[2], high[2];
-#pragma unroll
-                for (int h = 0; h < 2; ++h) two_and_two<WINDOW_V>(bits(2 * t + h, 16 * r), copy, low[h], high[h]);
-                one[t] = __byte_perm(low[0], low[1], 0x5140);
-                two[t] = __byte_perm(high[0], high[1], 0x7362);
-            } else {
-                four_levels(bits(2 * t, 12 * r), bits(2 * t + 1, 12 * r - 4), copy, one[t], two[t]);
-            }
-        }
+        for (int t = 0; t < 2; ++t) four_levels(bits(2 * t, 12 * r), bits(2 * t + 1, 12 * r - 4), copy, one[t], two[t]);
         if (4 * r + 2 >= DV / 8) two[0] = two[1] = 0;
         mma_s8u8(sums.even[r], one[0], two[0], one[1], two[1], f0, f1);
         mma_s8u8(sums.odd[r], one[0], two[0], one[1], two[1], f2, f3);
