@@ -177,13 +177,13 @@ def test_huge_and_tiny_values(each_isa, page_format, attention64, native):
         assert relative(each_isa.attend(query, history, None, recent, None, 0.1).out, out) < MOST_ERROR, size
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_negative_scales(each_isa, page_format, attention64, native, bits):
-    """No encoder writes one, but a page may hold it: weights of both signs in one block."""
+@pytest.mark.parametrize("bits, tokens", [(2, 32), (4, 32), (4, 64), (8, 64)])
+def test_negative_scales(each_isa, page_format, attention64, native, bits, tokens):
+    """No encoder writes one, but a page may hold it: weights of both signs in one block, or below 0 alone."""
     pages = page_format(4, bits, 80)
     raw = torch.empty(1, 2, pages.page_bytes, dtype=torch.uint8)
     native.encode(torch.randn(1, 2, 64, 80), torch.randn(1, 2, 64, 80), pages, raw)
-    raw[..., pages.value_scales_at + 1 : pages.value_scales_at + 65 : 2] |= 0x80  # of the first 32 tokens
+    raw[..., pages.value_scales_at + 1 : pages.value_scales_at + 1 + 2 * tokens : 2] |= 0x80  # of the first
     keys, values = (x.double() for x in native.decode(raw, pages, torch.float32))
     recent = ExactTokens(torch.randn(1, 2, 1, 80), torch.randn(1, 2, 1, 80))
     query = torch.randn(1, 6, 1, 80)
