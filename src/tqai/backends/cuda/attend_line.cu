@@ -11,6 +11,7 @@
 #include "unpack.cuh"
 #include "params.cuh"
 #include "transport.cuh"
+#include "page_softmax.cuh"
 #if TRELLIS
 #include "trellis_lookup.cuh"
 #include "trellis_queries.cuh"

@@ -10,20 +10,19 @@ struct Running {
 #pragma unroll
         for (int u = 0; u < V_UNITS; ++u) o[u][0] = o[u][1] = 0.0f;
     }
+    __device__ __forceinline__ void fade(float f) {
+        sum *= f;
+#pragma unroll
+        for (int u = 0; u < V_UNITS; ++u) {
+            o[u][0] *= f;
+            o[u][1] *= f;
+        }
+    }
     // The h-th output of unit u, and its place among the outputs.
     __device__ __forceinline__ float out(int u, int h) const { return o[u][h]; }
     __device__ __forceinline__ void set(int u, int h, float y) { o[u][h] = y; }
     __device__ __forceinline__ static int place(int u, int h, int g) { return 16 * u + 8 * h + g; }
 };
-
-#if MASKED
-// Where the mask of column c begins, such that token t of the history lies t strides further.
-__device__ __forceinline__ const u8* mask_row(const Params& p, const Place& at, int c) {
-    int head, token;
-    at.column(p, c, head, token);
-    return p.mask + at.b * p.mask_strides[0] + head * p.mask_strides[1] + token * p.mask_strides[2] + (p.sinks - p.first_token) * p.mask_strides[3];
-}
-#endif
 
 // `halfway` is called when all has been read of the keys, and before anything is of the values.
 template <class Halfway>
@@ -59,74 +58,10 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
         }
     }
 
-    const uint4 sk4 = *(const uint4*)(data + K_SCALES_AT + g * 16);
-    halfway();
-    const uint4 sv4 = *(const uint4*)(data + V_SCALES_AT + g * 16);
-    const u32 sk[4] = {sk4.x, sk4.y, sk4.z, sk4.w}, sv[4] = {sv4.x, sv4.y, sv4.z, sv4.w};
+    const auto logit = [&](int i) { return (float)(dots[i >> 1][(i & 1) * 2] * p.times256 + dots[i >> 1][(i & 1) * 2 + 1]); };
     float x[8], w[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        float d = (float)(dots[i >> 1][(i & 1) * 2] * p.times256 + dots[i >> 1][(i & 1) * 2 + 1]);
-        x[i] = d * bits_float(i & 1 ? sk[i >> 1] & 0xffff0000u : sk[i >> 1] << 16);
-        w[i] = bits_float(i & 1 ? sv[i >> 1] & 0xffff0000u : sv[i >> 1] << 16);
-#if SOFTCAP
-        x[i] = (LOG2E * p.softcap) * (1.0f - 2.0f * rcp_fast(exp2f(x[i] * q.scale) + 1.0f));
-#endif
-    }
-#if MASKED
-    {
-        i64 t = (i64)page * PAGE_TOKENS + g * 8;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            bool seen = t + i >= p.first_token && mask[(t + i) * p.mask_strides[3]];
-            x[i] = seen ? x[i] : -INF;
-            w[i] = seen ? w[i] : 0.0f;
-        }
-    }
-#else
-    // A loop of one turn, as the compiler would make selections, for which every page pays, of a branch.
-    int hides = page == 0 && p.first_token > 0;
-#pragma unroll 1
-    while (hides) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            bool seen = g * 8 + i >= p.first_token;
-            x[i] = seen ? x[i] : -INF;
-            w[i] = seen ? w[i] : 0.0f;
-        }
-        asm volatile("mov.s32 %0, 0;" : "=r"(hides));
-    }
-#endif
-    // The reference of the exponentials moves only when a logit rises far above it: float32 has
-    // room for 2^40, and the weights are normalized once more below.
-    float most = max_nan(max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])), max_nan(max_nan(x[4], x[5]), max_nan(x[6], x[7])));
-#if SOFTCAP
-    const float unit = 1.0f;
-#else
-    const float unit = q.scale;
-    most *= unit;
-#endif
-    if (__any_sync(FULL, !(most <= r.top + HEADROOM))) {
-#pragma unroll
-        for (int o = 4; o < 32; o *= 2) most = max_nan(most, __shfl_xor_sync(FULL, most, o));
-        most = max_nan(most, r.top);
-        float fade = exp2_fast(r.top - most);
-        r.top = most;
-        r.sum *= fade;
-#pragma unroll
-        for (int u = 0; u < V_UNITS; ++u) {
-            r.o[u][0] *= fade;
-            r.o[u][1] *= fade;
-        }
-    }
-    most = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        float e = exp2_fast(fmaf(x[i], unit, -r.top));
-        r.sum += e;
-        w[i] *= e;
-        most = max_nan(most, w[i]);
-    }
+    scale_logits<false>(p, q, logit, x, w, 1.0f, data, mask, page, g, halfway);
+    float most = take_exponentials(q, r, x, w);
 #pragma unroll
     for (int o = 4; o < 32; o *= 2) most = max_nan(most, __shfl_xor_sync(FULL, most, o));
     const float share = 65280.0f * rcp_fast(most);

@@ -42,15 +42,6 @@ struct Running {
     __device__ __forceinline__ static int place(int u, int h, int g) { return g * (DV / 8) + 2 * u + h; }
 };
 
-#if MASKED
-// Where the mask of column c begins, such that token t of the history lies t strides further.
-__device__ __forceinline__ const u8* mask_row(const Params& p, const Place& at, int c) {
-    int head, token;
-    at.column(p, c, head, token);
-    return p.mask + at.b * p.mask_strides[0] + head * p.mask_strides[1] + token * p.mask_strides[2] + (p.sinks - p.first_token) * p.mask_strides[3];
-}
-#endif
-
 #if BYTESV
 #include "trellis_bytes.cuh"
 #endif
@@ -149,65 +140,9 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
             }
         }
     }
-    const uint4 sk4 = *(const uint4*)(data + K_SCALES_AT + g * 16);
-    halfway();
-    const uint4 sv4 = *(const uint4*)(data + V_SCALES_AT + g * 16);
-    const u32 sk[4] = {sk4.x, sk4.y, sk4.z, sk4.w}, sv[4] = {sv4.x, sv4.y, sv4.z, sv4.w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        x[i] *= bits_float(i & 1 ? sk[i >> 1] & 0xffff0000u : sk[i >> 1] << 16);
-        w[i] = bits_float(i & 1 ? sv[i >> 1] & 0xffff0000u : sv[i >> 1] << 16) * p.levels_v.unit;
-#if SOFTCAP
-        x[i] = (LOG2E * p.softcap) * (1.0f - 2.0f * rcp_fast(exp2f(x[i] * q.scale) + 1.0f));
-#endif
-    }
-#if MASKED
-    {
-        i64 t = (i64)page * PAGE_TOKENS + g * 8;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            bool seen = t + i >= p.first_token && mask[(t + i) * p.mask_strides[3]];
-            x[i] = seen ? x[i] : -INF;
-            w[i] = seen ? w[i] : 0.0f;
-        }
-    }
-#else
-    // A loop of one turn, as the compiler would make selections, for which every page pays, of a branch.
-    int hides = page == 0 && p.first_token > 0;
-#pragma unroll 1
-    while (hides) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            bool seen = g * 8 + i >= p.first_token;
-            x[i] = seen ? x[i] : -INF;
-            w[i] = seen ? w[i] : 0.0f;
-        }
-        asm volatile("mov.s32 %0, 0;" : "=r"(hides));
-    }
-#endif
-    // The reference of the exponentials moves only when a logit rises far above it; see `page.cuh`. Here lane
-    // 4 g + c has the outputs of column c, as there.
-    float most = max_nan(max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3])), max_nan(max_nan(x[4], x[5]), max_nan(x[6], x[7])));
-#if SOFTCAP
-    const float unit = 1.0f;
-#else
-    const float unit = q.scale;
-    most *= unit;
-#endif
-    if (__any_sync(FULL, !(most <= r.top + HEADROOM))) {
-#pragma unroll
-        for (int o = 4; o < 32; o *= 2) most = max_nan(most, __shfl_xor_sync(FULL, most, o));
-        most = max_nan(most, r.top);
-        const float fade = exp2_fast(r.top - most);
-        r.top = most;
-        r.fade(fade);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const float e = exp2_fast(fmaf(x[i], unit, -r.top));
-        r.sum += e;
-        w[i] *= e;
-    }
+    const auto logit = [&](int i) { return x[i]; };
+    scale_logits<true>(p, q, logit, x, w, p.levels_v.unit, data, mask, page, g, halfway);
+    take_exponentials(q, r, x, w);
     // from "lane 4 g + c has tokens 8 g .. of column c" to "lane 4 g + c has tokens 16 n + 4 c .. of column g / 2"
 #if BYTESV
     float heaviest = max_nan(max_nan(max_nan(w[0], w[1]), max_nan(w[2], w[3])), max_nan(max_nan(w[4], w[5]), max_nan(w[6], w[7])));
