@@ -23,8 +23,8 @@ def test_keys_and_values_in_two_candidates(gpu, dim):  # noqa: F811
         ((4, 4), 80, "trellis"),
         ((4, 4), 64, "trellis256"),
         ((4, 4), 128, "trellis"),
-        ((4, 3), 96, "trellis"),
-        ((3, 4), 64, "trellis"),
+        ((4, 3), 112, "trellis"),
+        ((3, 4), 112, "trellis"),
     ],
 )
 def test_codes_of_4_bits_in_parts_on_either_side(gpu, bits, dim, codec):  # noqa: F811

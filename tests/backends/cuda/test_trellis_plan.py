@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tqai.backends.cuda import compile as compiling
-from tqai.backends.cuda.plan import attention_shared_bytes, choose_shape, codec_macros, refuse_format
+from tqai.backends.cuda.plan import Shape, attention_shared_bytes, choose_shape, codec_macros, refuse_format
 from tqai.backends.cuda.trellis_encode import encode_macros
 from tqai.backends.cuda.trellis_plan import (
     PARTS,
@@ -125,6 +125,13 @@ def test_codes_of_4_bits_need_no_table():
     assert table_forms(formats(3, 4), LIMIT) == (Form(False, 32, True), PARTS)
     assert table_bytes(formats(3, 4), (Form(False, 32, True), PARTS)) == 1024 * 32 * 4
     assert table(formats(4, 4).key, PARTS).size == 0
+
+
+def test_codes_of_4_bits_have_more_warps_where_stretches_are_long():
+    assert choose_shape(formats(4, 4), LIMIT, 1, 0, one_buffer=True) == Shape(16, 1)
+    assert choose_shape(formats(4, 4), LIMIT, 1, 0) == Shape(12, 2)
+    assert choose_shape(formats(4, 4, 128, 256), LIMIT, 1, 0, one_buffer=True) == Shape(12, 1)
+    assert choose_shape(formats(4, 4), 101376, 1, 0, one_buffer=True).warps < 12
 
 
 def test_refusals_say_what():

@@ -155,7 +155,7 @@ class Prepared:
         if splits is None and blocks is None:
             splits = split_count(self.multiprocessors, segments, items)
         if shape is None:
-            apart = splits is not None and self.has_clusters and self.table_bytes is None
+            apart = splits is not None and self.has_clusters and not self.table_bytes
             shape = self.shape(batch, apart and has_long_stretches(self.format, pages // (splits or 1)))
         shared = attention_shared_bytes(self.format, shape, batch, self.table_bytes)
         sizes = Sizes.from_buffer_copy(self.sizes)

@@ -60,6 +60,9 @@ LEAST_ON_THEIR_WAY_BYTES = 72 << 10
 """With so many pages for a block or more, one buffer for each warp, its halves fetched apart, is faster than
 two, if a multiprocessor still asks for so much at a time. More than the memory needs to be busy waits in
 queues, and not that of all multiprocessors for as long: blocks then end further apart."""
+MORE_WARPS, MORE_WARPS_HEAD_DIM = 16, 128
+"""For 4-bit trellis codes with as many pages: they wait for integer units and not for memory. Larger head
+dimensions want more registers than so many warps have."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,9 @@ def choose_shape(
     one_buffer: bool = False,
 ) -> Shape | None:
     """The first of `SHAPES` that fits into a block's shared memory; with `one_buffer` of one stage alone."""
-    for warps, stages in SHAPES:
+    sides = (page_format.key.spec.head_dim, page_format.value.spec.head_dim)
+    more = one_buffer and table_bytes == 0 and max(sides) <= MORE_WARPS_HEAD_DIM
+    for warps, stages in ((MORE_WARPS, 1), *SHAPES) if more else SHAPES:
         if one_buffer and stages > 1:
             continue
         shape = Shape(warps, stages)

@@ -166,10 +166,9 @@ __device__ __forceinline__ void take_part_values(const Params& p, PageSums& sums
         for (int h = 0; h < 2; ++h) {
             const int r = 2 * k + h;
             if (4 * r >= Values::DIMS) break;
-            const bool whole = 4 * r + 4 <= Values::DIMS;
-            const u32 a1 = whole ? levels[0][2 * h + 1] : 0, a3 = whole ? levels[1][2 * h + 1] : 0;
-            mma_u8u8(sums.even[r], levels[0][2 * h], a1, levels[1][2 * h], a3, even0, even1);
-            mma_u8u8(sums.odd[r], levels[0][2 * h], a1, levels[1][2 * h], a3, odd0, odd1);
+            // where a part has but two dimensions more, rows 8 to 15 are what nobody reads
+            mma_u8u8(sums.even[r], levels[0][2 * h], levels[0][2 * h + 1], levels[1][2 * h], levels[1][2 * h + 1], even0, even1);
+            mma_u8u8(sums.odd[r], levels[0][2 * h], levels[0][2 * h + 1], levels[1][2 * h], levels[1][2 * h + 1], odd0, odd1);
         }
     }
 }
