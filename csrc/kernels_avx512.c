@@ -23,7 +23,9 @@
 
 #include "vec_avx512.h"
 
-static inline int with_vbmi(void) { return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni"); }
+static inline int with_vbmi(void) {
+    return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("gfni");
+}
 
 static inline int of_bytes(const tqai_codec *codec) {
     return codec->kind == TQAI_TRELLIS ? with_vbmi() : codec->kind == TQAI_SCALAR && codec->byte_levels != NULL;

@@ -36,17 +36,31 @@ typedef struct {
     const uint64_t *matrices;      /* [8 u][3]: A, B, C; byte 7 - j is row j */
     const uint8_t *nibbles;        /* [8 u][4][16]: what the nibbles of a window add to its index, see below */
     const int8_t *nibble_levels;   /* [8 u][128]: level of such an index */
+    const uint64_t *place_maps;    /* [4 u]: of 2 and 4 bits, see tqai_trellis_before */
+    const int8_t *place_levels;    /* [4 u][128] */
 } tqai_trellis;
 
 /* The same window nibble by nibble, counted from nibble (bits * u) / 4 of the eight coordinates' bytes: how many
  * it has, and which of them maps to itself, to bits 0 to 3 of the index (a basis of the indices of its own for
- * every u makes that so); -1: none does. */
+ * every u makes that so); -1: none does. Of 4 bits bits 0 to 3 of the index are the first part's and bits 4 to
+ * 6 the second's, but for what bit 3 adds to that: levels[x] = levels[x % 16] + levels[x & 120] - levels[x & 8]. */
 static inline int tqai_trellis_nibbles(int bits, int state_bits, int u) { return (bits * u % 4 + state_bits + bits + 3) / 4; }
 
 static inline int tqai_trellis_direct(int bits, int state_bits, int u) {
+    if (bits == 4) return 0;
     if (state_bits == 8) return bits == 1 && u % 4 == 3 ? 2 : 1;
     if (bits == 2 && u % 2) return -1;
     return (bits * u % 4 + state_bits + bits) / 4 - 1; /* the last whole one */
+}
+
+/* Windows of 2 and 4 bits lie in two bytes at most, those of coordinates u < 8 / bits begin in the same one. The bits
+ * in one of them, four at most, are bits 0 to 3 of the index (in a basis of coordinate u's own, place_levels) as
+ * they stand; those in the other one go through a map, place_maps. So many in a byte as they stand: */
+static inline int tqai_trellis_before(int bits, int state_bits, int u) { return bits * u + bits + state_bits > 12; }
+
+static inline int tqai_trellis_direct_bits(int bits, int state_bits, int u) {
+    const int over = bits * u + bits + state_bits - 8;
+    return tqai_trellis_before(bits, state_bits, u) ? 8 - bits * u : over > 0 ? over : 0;
 }
 
 static inline int tqai_trellis_row_bytes(const tqai_codec *codec) { return codec->head_dim * codec->bits / 8; }

@@ -1,11 +1,37 @@
 /* trellis_avx2.inc.h: the integer sums of trellis codes with AVX2; included by kernels_avx2.c.
  *
- * The levels of a page side (trellis_levels_avx2.inc.h) lie as bytes without sign (+ 128) in a buffer in the
- * first-level cache, once for all query rows. Even and odd bytes of a register are two registers of 16-bit numbers,
- * and vpmaddwd sums pairs: two dims of the same token for keys, two tokens of the same dim for values. What 128 adds
- * to a sum is subtracted in the end; sums may overflow on the way and are right afterwards.
+ * The levels of a page side (trellis_levels_avx2.inc.h, of 4 bits trellis_parts_avx2.inc.h) lie as bytes without sign
+ * (+ 128) in a buffer in the first-level cache, once for all query rows. Even and odd bytes of a register are two
+ * registers of 16-bit numbers, and vpmaddwd sums pairs: two dims of the same token for keys, two tokens of the same dim
+ * for values. What 128 adds to a sum is subtracted in the end; sums may overflow on the way and are right afterwards.
  */
 #include "trellis_levels_avx2.inc.h"
+#include "trellis_parts_avx2.inc.h"
+
+#define LEVELS_FUNCTION(name)                                                                                        \
+    static __attribute__((noinline)) void name(const tqai_codec *codec, int is_value, const lookup_tables *tables,  \
+                                               const uint8_t *in, const uint8_t *next, uint8_t *buffer)
+#define TRELLIS_LEVELS(bits, state_bits)                                                                             \
+    LEVELS_FUNCTION(trellis_levels_##bits##_##state_bits) {                                                          \
+        if (is_value) value_levels(codec, bits, state_bits, tables, in, next, buffer);                               \
+        else key_levels(codec, bits, state_bits, tables, in, next, buffer);                                          \
+    }
+#define TRELLIS_STATES(state_bits)                                                                                   \
+    TRELLIS_LEVELS(1, state_bits) TRELLIS_LEVELS(2, state_bits) TRELLIS_LEVELS(3, state_bits)                        \
+    LEVELS_FUNCTION(trellis_levels_4_##state_bits) {                                                                 \
+        (void)tables;                                                                                                \
+        if (is_value) value_levels_of_parts(codec, state_bits, in, next, buffer);                                    \
+        else key_levels_of_parts(codec, state_bits, in, next, buffer);                                               \
+    }
+TRELLIS_STATES(6) TRELLIS_STATES(8)
+typedef void (*trellis_unpacker)(const tqai_codec *, int, const lookup_tables *, const uint8_t *, const uint8_t *, uint8_t *);
+
+static trellis_unpacker unpacker_of(const tqai_codec *codec) {
+    static const trellis_unpacker of[2][4] = {
+        {trellis_levels_1_6, trellis_levels_2_6, trellis_levels_3_6, trellis_levels_4_6},
+        {trellis_levels_1_8, trellis_levels_2_8, trellis_levels_3_8, trellis_levels_4_8}};
+    return of[((const tqai_trellis *)codec->tables)->state_bits == 8][codec->bits - 1];
+}
 
 #define LEVEL_BYTES (64 * TQAI_MAX_HEAD_DIM)
 
@@ -66,7 +92,7 @@ INLINE void trellis_keys(const tqai_codec *codec, const uint8_t *const *codes, c
     const trellis_unpacker unpack = unpacker_of(codec);
     _Alignas(64) uint8_t level[LEVEL_BYTES];
     lookup_tables tables;
-    make_tables(codec, &tables);
+    if (codec->bits < 4) make_tables(codec, &tables);
     int32_t bias[MAX_ROWS] = {0};
     for (int r = 0; r < rows; r++) {
         for (int d = 0; d < dim; d++) bias[r] += q[r * dim + d];
@@ -139,7 +165,7 @@ INLINE void trellis_values(const tqai_codec *codec, const uint8_t *const *codes,
     const trellis_unpacker unpack = unpacker_of(codec);
     _Alignas(64) uint8_t level[LEVEL_BYTES + 64 * 16];
     lookup_tables tables;
-    make_tables(codec, &tables);
+    if (codec->bits < 4) make_tables(codec, &tables);
     int32_t sums[MAX_ROWS * 8 * (TQAI_MAX_HEAD_DIM + 16) / 4], ordered[TQAI_MAX_HEAD_DIM + 16], bias[MAX_ROWS] = {0};
     int16_t apart[MAX_ROWS * BLOCK_TOKENS]; /* weights of every 8 tokens: of the even ones, of the odd ones */
     const __m128i parted = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);

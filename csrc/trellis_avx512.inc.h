@@ -1,38 +1,73 @@
-/* trellis_avx512.inc.h: the integer sums of trellis codes with VBMI and GFNI, as products of bytes
- * (bytes_avx512.inc.h has the factors), 64 to an instruction; no level is ever written to memory. Without VBMI
- * and GFNI (Intel before Ice Lake) the kernels of AVX2 serve.
+/* trellis_avx512.inc.h: the integer sums of trellis codes with VBMI, VBMI2 and GFNI, as products of bytes
+ * (bytes_avx512.inc.h has the factors), 64 to an instruction; no level is ever written to memory. Without these
+ * (Intel before Ice Lake) the kernels of AVX2 serve.
  *
- * One instruction (vgf2p8affineqb) takes 64 bytes through a linear map over GF(2), two or three of them make
- * the indices m of 64 coordinates, and one (vpermb, vpermi2b) reads their levels from a table in registers:
+ * One instruction (vgf2p8affineqb) takes 64 bytes through a linear map over GF(2), one to three of them make the
+ * indices m of 64 coordinates, and one (vpermb, vpermi2b) reads their levels from a table in registers. Maps and
+ * products have the same two ports, so of 2 and 4 bits one byte of a window enters the index as it stands (trellis.h),
+ * and one map is enough:
  *
- *   keys      bytes k, k + 1 (k + 2) of 64 tokens, for each of four coordinates; these are interleaved within
- *             128-bit lanes to four units (trellis.h says why tokens lie as they do)
- *   values    bytes of 8 tokens for each of 8 coordinates, picked from the 8 tokens' row by vpermq:
- *             qword u = coordinate 8 a + u, byte v = token v; its two 32-bit lanes are added in the end. With one or
- *             two rows and 2 or 4 bits, of which places begin whole windows, coordinate u of 8 places at once
+ *   keys      2 and 4 bits: bytes of four places k .. k + 3 of 64 tokens are interleaved within 128-bit lanes to
+ *             four units of 32-bit lanes (trellis.h says why tokens lie as they do), each makes levels of every second
+ *             or fourth coordinate. 1 and 3 bits: bytes k, k + 1 (k + 2) of 64 tokens, for each of four coordinates,
+ *             and their levels are interleaved
+ *   values    2 and 4 bits (2 bits with one or two rows): coordinate u of 8 places of 8 tokens at once. Else bytes of
+ *             8 tokens for each of 8 coordinates, picked from the 8 tokens' row by vpermq: qword u = coordinate
+ *             8 a + u, byte v = token v. The two 32-bit lanes of a qword are added in the end
  *
- * The units of keys are those of layout.h for 2 bits. Keys are levels + 128, values are signed.
+ * The units of keys are those of layout.h. Keys are levels + 128, values are signed.
  */
 #include "trellis.h"
 
-#define WITH_VBMI __attribute__((target("avx512vbmi,gfni")))
+#define WITH_VBMI __attribute__((target("avx512vbmi,avx512vbmi2,gfni")))
 #define EVEN_LANES _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
 #define ODD_LANES _mm512_add_epi32(EVEN_LANES, _mm512_set1_epi32(1))
-#define VBMI_INLINE static inline __attribute__((always_inline, target("avx512vbmi,gfni")))
+#define VBMI_INLINE static inline __attribute__((always_inline, target("avx512vbmi,avx512vbmi2,gfni")))
 
 typedef struct {
     __m512i low, high; /* 128 levels; of 64 only the low ones */
 } level_bytes;
 
-VBMI_INLINE level_bytes load_level_bytes(const tqai_trellis *t, int offset) {
+VBMI_INLINE level_bytes load_level_bytes(const int8_t *levels, int offset) {
     const __m512i add = _mm512_set1_epi8((char)offset);
-    return (level_bytes){_mm512_add_epi8(_mm512_loadu_si512(t->levels), add),
-                         _mm512_add_epi8(_mm512_loadu_si512(t->levels + 64), add)};
+    return (level_bytes){_mm512_add_epi8(_mm512_loadu_si512(levels), add),
+                         _mm512_add_epi8(_mm512_loadu_si512(levels + 64), add)};
 }
 
 VBMI_INLINE __m512i look_up_bytes(const level_bytes *table, const int bits, __m512i index) {
     if (TQAI_TRELLIS_INDEX_BITS(bits) == 7) return _mm512_permutex2var_epi8(table->low, index, table->high);
     return _mm512_permutexvar_epi8(index, table->low);
+}
+
+/* Tables and maps of the coordinates of a place of 2 and 4 bits, each in a basis of its own (trellis.h). */
+typedef struct {
+    level_bytes levels[4];
+    __m512i map[4];
+} place_tables;
+
+VBMI_INLINE place_tables load_place_tables(const tqai_trellis *t, const int bits, int offset) {
+    place_tables p;
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; u++) {
+        if (u >= 8 / bits) continue;
+        p.levels[u] = load_level_bytes(t->place_levels + 128 * u, offset);
+        p.map[u] = _mm512_set1_epi64((long long)t->place_maps[u]);
+    }
+    return p;
+}
+
+/* x ^ (y & mask) */
+VBMI_INLINE __m512i add_masked(__m512i x, __m512i y, int mask) {
+    return _mm512_ternarylogic_epi64(x, y, _mm512_set1_epi8((char)mask), 0x78);
+}
+
+/* Levels of coordinate u of a place, from its byte and the next. */
+VBMI_INLINE __m512i levels_of_place(const place_tables *p, const int bits, const int state_bits, const int u, __m512i one,
+                                    __m512i two) {
+    const int direct = tqai_trellis_direct_bits(bits, state_bits, u), before = tqai_trellis_before(bits, state_bits, u);
+    __m512i index = _mm512_gf2p8affine_epi64_epi8(before ? two : one, p->map[u], 0);
+    if (direct) index = add_masked(index, before ? _mm512_srli_epi16(one, (unsigned)(bits * u)) : two, (1 << direct) - 1);
+    return look_up_bytes(&p->levels[u], bits, index);
 }
 
 /* Units 4 p .. 4 p + 3 of coordinates 4 p .. 4 p + 3 (p odd: those of the upper four of eight). */
@@ -58,14 +93,77 @@ VBMI_INLINE void key_units(const tqai_trellis *t, const level_bytes *table, cons
     unit[3] = _mm512_unpackhi_epi16(high01, high23);
 }
 
+/* Bytes of four places of 32 tokens: | token: place 0 .. 3 |, units 2 half and 2 half + 1. */
+VBMI_INLINE void key_words(const uint8_t *in, const int half, __m512i *word) {
+    __m512i line[4], pair[2];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) line[k] = _mm512_loadu_si512(in + 64 * k);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++)
+        pair[i] = half ? _mm512_unpackhi_epi8(line[2 * i], line[2 * i + 1]) : _mm512_unpacklo_epi8(line[2 * i], line[2 * i + 1]);
+    word[0] = _mm512_unpacklo_epi16(pair[0], pair[1]);
+    word[1] = _mm512_unpackhi_epi16(pair[0], pair[1]);
+}
+
+/* Dots of a page of 2 and 4 bits: bytes are interleaved, and not levels, of which a byte makes 2 or 4. Byte i of
+ * `bytes` 4 (coordinates * j + u): of dim coordinates * (4 j + i) + u. */
+VBMI_INLINE void trellis_key_places(const tqai_codec *codec, const place_tables *tables, const int bits, const int state_bits,
+                                    const uint8_t *in, const uint8_t *ahead, const int8_t *bytes, const int32_t *bias,
+                                    const int rows, int32_t *dots) {
+    const int dim = codec->head_dim, words = tqai_trellis_row_bytes(codec) / 4, coordinates = 8 / bits;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        __m512i sum[BYTE_ROWS(MAX_ROWS)][2], next[2];
+#pragma GCC unroll 6
+        for (int b = 0; b < BYTE_ROWS(rows); b++) sum[b][0] = sum[b][1] = _mm512_set1_epi32(bias[b]);
+        key_words(in, half, next);
+        for (int j = 0; j < words; j++) {
+            const __m512i one[2] = {next[0], next[1]};
+            key_words(in + (j + 1 < words ? 256 * (j + 1) : 0), half, next);
+            const __m512i two[2] = {_mm512_shrdi_epi32(one[0], next[0], 8), _mm512_shrdi_epi32(one[1], next[1], 8)};
+            _mm_prefetch((const char *)ahead + 256 * j + 128 * half, _MM_HINT_T1);
+            _mm_prefetch((const char *)ahead + 256 * j + 128 * half + 64, _MM_HINT_T1);
+#pragma GCC unroll 4
+            for (int u = 0; u < coordinates; u++) {
+                const __m512i a = levels_of_place(tables, bits, state_bits, u, one[0], two[0]);
+                const __m512i b = levels_of_place(tables, bits, state_bits, u, one[1], two[1]);
+#pragma GCC unroll 6
+                for (int r = 0; r < BYTE_ROWS(rows); r++) {
+                    const __m512i factor = four_of(bytes + r * dim + 4 * (coordinates * j + u));
+                    sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], a, factor);
+                    sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], b, factor);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int g = 0; g < 2; g++)
+                store_dots(sum[r][g], sum[rows + r / 2][g], r % 2, dots + r * BLOCK_TOKENS + 32 * half + 16 * g);
+    }
+}
+
 VBMI_INLINE void trellis_key_dots(const tqai_codec *codec, const int bits, const int state_bits, const uint8_t *const *codes,
                                   const uint8_t *const *next, int pages, const int16_t *q, const int rows, int32_t *dots) {
     const tqai_trellis *t = codec->tables;
     const int dim = codec->head_dim, row_bytes = tqai_trellis_row_bytes(codec);
-    const level_bytes table = load_level_bytes(t, 128);
+    const level_bytes table = load_level_bytes(t->levels, 128);
     int8_t bytes[BYTE_ROWS(MAX_ROWS) * TQAI_MAX_HEAD_DIM];
     int32_t bias[BYTE_ROWS(MAX_ROWS)];
     split_keys(q, dim, rows, bytes, bias);
+    if (bits % 2 == 0) {
+        const place_tables tables = load_place_tables(t, bits, 128);
+        const __m128i order = bits == 2 ? _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)
+                                        : _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+        for (int i = 0; i < BYTE_ROWS(rows) * dim; i += 16) {
+            __m128i *at = (__m128i *)(bytes + i);
+            _mm_storeu_si128(at, _mm_shuffle_epi8(_mm_loadu_si128(at), order));
+        }
+        for (int page = 0; page < pages; page++)
+            trellis_key_places(codec, &tables, bits, state_bits, codes[page], next[page], bytes, bias, rows,
+                               dots + TQAI_PAGE_TOKENS * page);
+        return;
+    }
     for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
         const uint8_t *in = codes[page], *ahead = next[page];
         __m512i sum[BYTE_ROWS(MAX_ROWS)][4];
@@ -171,11 +269,10 @@ VBMI_INLINE void trellis_value_dims(const tqai_codec *codec, const value_maps *m
  * further than the next): coordinate u of all places at once, so that nothing need be picked.
  *
  *   qword k = place at + k, byte v = token v     sum [u], qword k: dim 8 / bits * (at + k) + u, in two lanes */
-VBMI_INLINE void trellis_value_places(const tqai_codec *codec, const level_bytes *table, const int bits, const int state_bits,
+VBMI_INLINE void trellis_value_places(const tqai_codec *codec, const place_tables *tables, const int bits, const int state_bits,
                                       const uint8_t *const *codes, const uint8_t *const *next, int pages, const int8_t *bytes,
                                       const float *step, const int rows, int at, const int last, float *acc) {
     const int dim = codec->head_dim, row_bytes = tqai_trellis_row_bytes(codec), coordinates = 8 / bits;
-    const uint64_t *maps = ((const tqai_trellis *)codec->tables)->matrices;
     const int end = row_bytes - 1 - at; /* the place that the first one follows, if it is one of these */
     __m512i sum[BYTE_ROWS(MAX_ROWS)][4];
 #pragma GCC unroll 6
@@ -191,11 +288,7 @@ VBMI_INLINE void trellis_value_places(const tqai_codec *codec, const level_bytes
             _mm_prefetch((const char *)next[page] + (in - codes[page]), _MM_HINT_T1);
 #pragma GCC unroll 4
             for (int u = 0; u < coordinates; u++) {
-                __m512i index = _mm512_gf2p8affine_epi64_epi8(one, _mm512_set1_epi64((long long)maps[3 * u]), 0);
-                if (bits * u + bits + state_bits > 8)
-                    index = _mm512_xor_si512(
-                        index, _mm512_gf2p8affine_epi64_epi8(two, _mm512_set1_epi64((long long)maps[3 * u + 1]), 0));
-                const __m512i level = look_up_bytes(table, bits, index);
+                const __m512i level = levels_of_place(tables, bits, state_bits, u, one, two);
 #pragma GCC unroll 6
                 for (int b = 0; b < BYTE_ROWS(rows); b++) {
                     int64_t eight;
@@ -230,18 +323,20 @@ VBMI_INLINE void trellis_value_places(const tqai_codec *codec, const level_bytes
 VBMI_INLINE void trellis_value_sums(const tqai_codec *codec, const int bits, const int state_bits,
                                     const uint8_t *const *codes, const uint8_t *const *next, int pages, const int16_t *w,
                                     const float *step, const int rows, float *acc) {
-    const level_bytes table = load_level_bytes(codec->tables, 0);
     int8_t bytes[BYTE_ROWS(MAX_ROWS) * BLOCK_TOKENS];
     int d = 0;
     split_rows(w, BLOCK_TOKENS, TQAI_PAGE_TOKENS * pages, rows, 0, bytes, BLOCK_TOKENS);
-    if (rows <= 2 && (bits == 2 || bits == 4)) { /* four rows would need more registers than there are */
+    const tqai_trellis *t = codec->tables;
+    if (bits == 4 || (bits == 2 && rows <= 2)) { /* of 2 bits four rows would need more registers than there are */
         const int row_bytes = tqai_trellis_row_bytes(codec);
+        const place_tables tables = load_place_tables(t, bits, 0);
         for (; d < row_bytes - 8; d += 8)
-            trellis_value_places(codec, &table, bits, state_bits, codes, next, pages, bytes, step, rows, d, 0, acc);
-        trellis_value_places(codec, &table, bits, state_bits, codes, next, pages, bytes, step, rows, d, 1, acc);
+            trellis_value_places(codec, &tables, bits, state_bits, codes, next, pages, bytes, step, rows, d, 0, acc);
+        trellis_value_places(codec, &tables, bits, state_bits, codes, next, pages, bytes, step, rows, d, 1, acc);
         return;
     }
-    const value_maps maps = load_value_maps(codec->tables, bits);
+    const level_bytes table = load_level_bytes(t->levels, 0);
+    const value_maps maps = load_value_maps(t, bits);
     for (; d < codec->head_dim - 16; d += 16)
         trellis_value_dims(codec, &maps, &table, bits, state_bits, codes, next, pages, bytes, step, rows, d, 0, acc);
     trellis_value_dims(codec, &maps, &table, bits, state_bits, codes, next, pages, bytes, step, rows, d, 1, acc);

@@ -1,12 +1,12 @@
-/* trellis_levels_avx2.inc.h: levels of trellis codes with AVX2; included by trellis_avx2.inc.h.
+/* trellis_levels_avx2.inc.h: levels of trellis codes of 1 to 3 bits with AVX2; included by trellis_avx2.inc.h.
  *
  * A window is two to four nibbles of the row. A linear map over GF(2) is the sum of what its nibbles map to, so
  * one byte shuffle per nibble and their exclusive or make the index of 32 levels at once; one of the nibbles maps
  * to itself where tqai_trellis_direct says so. Levels are looked up in tables of 16:
  *
- *   index byte   | top bit | 0 .. | bits 4 (and 5): i | bits 0 .. 3 |
- *   half h       table[h][0] ^ .. ^ table[h][i], as entry i holds levels i ^ levels i - 1 and is read at index - 16 i,
- *                which gives 0 where that is below 0 (a byte shuffle does so where bit 7 is set); the top bit then
+ *   index byte   | top bit | 0 0 | bits 4 .. 0 |
+ *   half h       table[h][0] at bits 4 .. 0, ^ table[h][1] at these - 16, as that holds levels 16 to 31 ^ levels 0 to 15
+ *                and gives 0 where it is read below 0 (a byte shuffle does so where bit 7 is set); the top bit then
  *                chooses between the halves
  *
  *   keys     byte k of 32 tokens (trellis.h) makes coordinate i of these; words of two tokens of coordinates i and
@@ -14,29 +14,28 @@
  *   values   byte k of 8 tokens and of 4 places k: a column is 4 dims, | dim 0: token 0 .. 7 | dim 1 .. |
  *
  * A page side goes through the first-level cache twice, first all indices, then in their place all levels: so the
- * tables of either stay in registers (8 of levels at 4 bits), of which there are 16. With both in one loop, and with
- * the products in it, the time was a tenth to a third longer.
+ * tables of either stay in registers, of which there are 16. With both in one loop the time is the same or longer.
  */
 #include "trellis.h"
 
 #define COLUMNS 4 /* of the key buffer: 16 tokens each, | pair of dims | column | 32 bytes | */
-#define TABLES(bits) (TQAI_TRELLIS_INDEX_BITS(bits) == 7 ? 4 : 2) /* of each half of the levels */
+#define TABLES 2  /* of each half of the levels */
 
 /* Bytes of the fewest coordinates that fill them. */
 #define BYTES_AT_ONCE(bits) ((bits) == 3 ? 3 : 1)
 
 /* Coordinates whose windows begin at the same bit of a nibble share their maps. */
-INLINE int classes_of(const int bits) { return bits == 4 ? 1 : bits == 2 ? 2 : 4; }
+INLINE int classes_of(const int bits) { return bits == 2 ? 2 : 4; }
 
 typedef struct {
     uint8_t map[4][4][16];      /* of class, nibble: index with its top bit in bit 7 */
-    uint8_t level[4][2][4][16]; /* of class, top bit, i: table[i] ^ table[i - 1] */
+    uint8_t level[4][2][2][16]; /* of class, top bit, i: table[i] ^ table[i - 1] */
 } lookup_tables;
 
 static void make_tables(const tqai_codec *codec, lookup_tables *out) {
     const tqai_trellis *t = codec->tables;
-    const int bits = codec->bits, tables = TABLES(bits);
-    const __m128i flip = _mm_set1_epi8(-128), low = _mm_set1_epi8((char)(16 * tables - 1));
+    const int bits = codec->bits;
+    const __m128i flip = _mm_set1_epi8(-128), low = _mm_set1_epi8(16 * TABLES - 1);
     for (int u = 0; u < classes_of(bits); u++) {
         for (int j = 0; j < 4; j++) {
             const __m128i map = _mm_loadu_si128((const __m128i *)(t->nibbles + 16 * (4 * u + j)));
@@ -44,8 +43,8 @@ static void make_tables(const tqai_codec *codec, lookup_tables *out) {
             _mm_storeu_si128((__m128i *)out->map[u][j], _mm_or_si128(_mm_and_si128(map, low), _mm_and_si128(top, flip)));
         }
         for (int half = 0; half < 2; half++)
-            for (int i = 0; i < tables; i++) {
-                const __m128i *from = (const __m128i *)(t->nibble_levels + 128 * u + 16 * (tables * half + i));
+            for (int i = 0; i < TABLES; i++) {
+                const __m128i *from = (const __m128i *)(t->nibble_levels + 128 * u + 16 * (TABLES * half + i));
                 const __m128i one = _mm_xor_si128(_mm_loadu_si128(from), i ? _mm_loadu_si128(from - 1) : flip);
                 _mm_storeu_si128((__m128i *)out->level[u][half][i], one);
             }
@@ -98,16 +97,15 @@ INLINE void store_indices(const map_registers *maps, const int bits, const int s
 }
 
 typedef struct {
-    __m256i half[2][4];
+    __m256i half[2][TABLES];
 } level_registers;
 
-INLINE level_registers load_levels_of(const lookup_tables *t, const int bits, const int same) {
-    const int tables = TABLES(bits);
+INLINE level_registers load_levels_of(const lookup_tables *t, const int same) {
     level_registers r;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++)
 #pragma GCC unroll 4
-        for (int i = 0; i < tables; i++) {
+        for (int i = 0; i < TABLES; i++) {
             r.half[half][i] = sixteen_bytes(t->level[same][half][i]);
             HERE(r.half[half][i]);
         }
@@ -115,13 +113,12 @@ INLINE level_registers load_levels_of(const lookup_tables *t, const int bits, co
 }
 
 /* Levels + 128. */
-INLINE __m256i look_up(const level_registers *r, const int bits, const __m256i *at) {
-    const int tables = TABLES(bits);
+INLINE __m256i look_up(const level_registers *r, const __m256i *at) {
     const __m256i index = _mm256_load_si256(at);
-    __m256i x[4], half[2];
-    x[0] = _mm256_and_si256(index, _mm256_set1_epi8((char)(16 * tables - 1)));
+    __m256i x[TABLES], half[2];
+    x[0] = _mm256_and_si256(index, _mm256_set1_epi8(16 * TABLES - 1));
 #pragma GCC unroll 4
-    for (int i = 1; i < tables; i++) {
+    for (int i = 1; i < TABLES; i++) {
         x[i] = _mm256_add_epi8(x[0], _mm256_set1_epi8((char)(-16 * i)));
         HERE(x[i]);
     }
@@ -129,7 +126,7 @@ INLINE __m256i look_up(const level_registers *r, const int bits, const __m256i *
     for (int h = 0; h < 2; h++) {
         half[h] = _mm256_shuffle_epi8(r->half[h][0], x[0]);
 #pragma GCC unroll 4
-        for (int i = 1; i < tables; i++) {
+        for (int i = 1; i < TABLES; i++) {
             half[h] = _mm256_xor_si256(half[h], _mm256_shuffle_epi8(r->half[h][i], x[i]));
             HERE(half[h]);
         }
@@ -174,14 +171,14 @@ INLINE void key_levels(const tqai_codec *codec, const int bits, const int state_
     key_indices(codec, bits, state_bits, tables, in, buffer);
 #pragma GCC unroll 2
     for (int c = 0; c < classes; c += 2) {
-        const level_registers a = load_levels_of(tables, bits, c), b = bits == 4 ? a : load_levels_of(tables, bits, c + 1);
+        const level_registers a = load_levels_of(tables, c), b = load_levels_of(tables, c + 1);
 #pragma GCC unroll 1
-        for (int i = c; i < dim; i += classes > 2 ? classes : 2)
+        for (int i = c; i < dim; i += classes)
 #pragma GCC unroll 1
             for (int half = 0; half < 2; half++) {
                 __m256i *at = (__m256i *)(buffer + 64 * i) + half;
                 prefetch_evenly(next, bits, 8 * (i + half), 8);
-                const __m256i one = look_up(&a, bits, at), two = look_up(&b, bits, at + 2);
+                const __m256i one = look_up(&a, at), two = look_up(&b, at + 2);
                 at[0] = _mm256_unpacklo_epi16(one, two);
                 at[2] = _mm256_unpackhi_epi16(one, two);
             }
@@ -238,33 +235,15 @@ INLINE void value_levels(const tqai_codec *codec, const int bits, const int stat
     value_indices(codec, bits, state_bits, tables, in, buffer);
 #pragma GCC unroll 4
     for (int same = 0; same < classes_of(bits); same++) {
-        const level_registers r = load_levels_of(tables, bits, same);
+        const level_registers r = load_levels_of(tables, same);
 #pragma GCC unroll 1
         for (int c = same; c < columns; c += classes_of(bits)) {
             __m256i *at = (__m256i *)(buffer + 32 * 8 * c);
 #pragma GCC unroll 2
             for (int h = 0; h < 8; h++) {
                 prefetch_evenly(next, bits, 4 * (8 * c + h), 4);
-                at[h] = look_up(&r, bits, at + h);
+                at[h] = look_up(&r, at + h);
             }
         }
     }
-}
-
-#define TRELLIS_LEVELS(bits, state_bits)                                                                             \
-    static __attribute__((noinline)) void trellis_levels_##bits##_##state_bits(                                     \
-        const tqai_codec *codec, int is_value, const lookup_tables *tables, const uint8_t *in, const uint8_t *next, \
-        uint8_t *buffer) {                                                                                          \
-        if (is_value) value_levels(codec, bits, state_bits, tables, in, next, buffer);                              \
-        else key_levels(codec, bits, state_bits, tables, in, next, buffer);                                         \
-    }
-TRELLIS_LEVELS(1, 6) TRELLIS_LEVELS(2, 6) TRELLIS_LEVELS(3, 6) TRELLIS_LEVELS(4, 6)
-TRELLIS_LEVELS(1, 8) TRELLIS_LEVELS(2, 8) TRELLIS_LEVELS(3, 8) TRELLIS_LEVELS(4, 8)
-typedef void (*trellis_unpacker)(const tqai_codec *, int, const lookup_tables *, const uint8_t *, const uint8_t *, uint8_t *);
-
-static trellis_unpacker unpacker_of(const tqai_codec *codec) {
-    static const trellis_unpacker of[2][4] = {
-        {trellis_levels_1_6, trellis_levels_2_6, trellis_levels_3_6, trellis_levels_4_6},
-        {trellis_levels_1_8, trellis_levels_2_8, trellis_levels_3_8, trellis_levels_4_8}};
-    return of[((const tqai_trellis *)codec->tables)->state_bits == 8][codec->bits - 1];
 }

@@ -30,6 +30,17 @@ static int combine(const unsigned *basis, int count, unsigned *combined) {
     return 1;
 }
 
+/* A whole basis that begins with the given vectors; any other ones within `among` will do. */
+static int complete(unsigned *basis, int have, int bits, unsigned among, unsigned *combined) {
+    const int index_bits = TQAI_TRELLIS_INDEX_BITS(bits);
+    if (!combine(basis, have, combined)) return 0;
+    for (int tries = 0; have < index_bits && tries < 1000; tries++) {
+        basis[have] = (unsigned)below(1 << index_bits) & among;
+        have += combine(basis, have + 1, combined);
+    }
+    return have == index_bits && combine(basis, have, combined);
+}
+
 /* What nibbles add to the index of coordinate u, and its levels; 0: these rows do not do. */
 static int nibbles_make(const unsigned *rows, const int8_t *levels, int bits, int state_bits, int u, uint8_t *nibbles,
                         int8_t *nibble_levels) {
@@ -38,11 +49,7 @@ static int nibbles_make(const unsigned *rows, const int8_t *levels, int bits, in
     int have = 0;
     for (int i = 0; i < 4 && direct >= 0; i++) basis[have++] = of_bit(rows, bits, state_bits, u, direct, i);
     if (!combine(basis, have, combined)) return 0;
-    for (int tries = 0; have < index_bits && tries < 1000; tries++) { /* any basis will do */
-        basis[have] = 1 + (unsigned)below((1 << index_bits) - 1);
-        have += combine(basis, have + 1, combined);
-    }
-    if (have < index_bits || !combine(basis, have, combined)) return 0;
+    if (!complete(basis, have, bits, bits == 4 ? 0x70 : 0x7F, combined)) return 0;
     for (unsigned x = 0; x < 1u << index_bits; x++) {
         renamed[combined[x]] = x;
         nibble_levels[x] = levels[combined[x]];
@@ -57,22 +64,49 @@ static int nibbles_make(const unsigned *rows, const int8_t *levels, int bits, in
     return 1;
 }
 
+/* Of 2 and 4 bits, the map and the levels of coordinate u of a place, likewise. */
+static int place_make(const unsigned *rows, const int8_t *levels, int bits, int state_bits, int u, uint64_t *map,
+                      int8_t *place_levels) {
+    const int before = tqai_trellis_before(bits, state_bits, u), direct = tqai_trellis_direct_bits(bits, state_bits, u);
+    const int index_bits = TQAI_TRELLIS_INDEX_BITS(bits);
+    unsigned basis[7] = {0}, combined[128], renamed[128], of[16];
+    for (int i = 0; i < 16; i++) of[i] = i < bits * u || i >= bits * u + bits + state_bits ? 0 : index_of(rows, index_bits, 1u << (i - bits * u));
+    for (int i = 0; i < direct; i++) basis[i] = of[(before ? bits * u : 8) + i];
+    if (!complete(basis, direct, bits, 0x7F, combined)) return 0;
+    for (unsigned x = 0; x < 1u << index_bits; x++) {
+        renamed[combined[x]] = x;
+        place_levels[x] = levels[combined[x]];
+    }
+    *map = 0;
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < index_bits; j++)
+            *map |= (uint64_t)(renamed[of[(before ? 8 : 0) + i]] >> j & 1) << (8 * (7 - j) + i);
+    return 1;
+}
+
 static void trellis_make(tqai_codec *c, int bits) {
     const int state_bits = below(2) ? 6 : 8, window_bits = bits + state_bits, index_bits = TQAI_TRELLIS_INDEX_BITS(bits);
     const size_t windows = (size_t)1 << window_bits;
     const float unit = (0.015f + 0.01f * uniform()) / sqrtf((float)c->head_dim);
-    int8_t *levels = room(128), *window_levels = room(windows + 8), *nibble_levels = room(8 * 128);
+    int8_t *levels = room(128), *window_levels = room(windows + 8), *nibble_levels = room(8 * 128), *place_levels = room(4 * 128);
     uint8_t *window_index = room(windows), *nibbles = room(8 * 4 * 16);
     float *values = room(sizeof(float) * windows);
-    uint64_t *matrices = room(sizeof(uint64_t) * 8 * 3);
+    uint64_t *matrices = room(sizeof(uint64_t) * 8 * 3), *place_maps = room(sizeof(uint64_t) * 4);
     tqai_trellis *t = room(sizeof *t);
     unsigned rows[7];
-    for (int i = 0; i < 128; i++) levels[i] = (int8_t)(below(255) - 127);
+    int8_t parts[24];
+    for (int i = 0; i < 24; i++) parts[i] = (int8_t)(below(127) - 63);
+    for (int i = 0; i < 128; i++) levels[i] = (int8_t)(bits == 4 ? parts[i % 16] + parts[16 + i / 16] : below(255) - 127);
     for (int whole = 0; !whole;) {
-        for (int j = 0; j < index_bits; j++) rows[j] = 1 + (unsigned)below((int)windows - 1);
+        for (int j = 0; j < index_bits; j++) {
+            rows[j] = 1 + (unsigned)below((int)windows - 1);
+            if (j >= 4 && bits == 4) rows[j] &= ~7u; /* bits 0 to 2 of the nibble that maps to itself: of the first part alone */
+        }
         whole = 1;
         for (int u = 0; u < 8 && whole; u++)
             whole = nibbles_make(rows, levels, bits, state_bits, u, nibbles + 64 * u, nibble_levels + 128 * u);
+        for (int u = 0; bits % 2 == 0 && u < 8 / bits && whole; u++)
+            whole = place_make(rows, levels, bits, state_bits, u, place_maps + u, place_levels + 128 * u);
     }
     for (unsigned w = 0; w < windows; w++) {
         window_index[w] = (uint8_t)index_of(rows, index_bits, w);
@@ -90,7 +124,7 @@ static void trellis_make(tqai_codec *c, int bits) {
     *t = (tqai_trellis){.state_bits = state_bits, .index_bits = index_bits,
                         .per_deviation = 1.0f / unit, .levels = levels, .window_index = window_index,
                         .window_levels = window_levels, .values = values, .matrices = matrices, .nibbles = nibbles,
-                        .nibble_levels = nibble_levels};
+                        .nibble_levels = nibble_levels, .place_maps = place_maps, .place_levels = place_levels};
     c->bits = bits;
     c->kind = TQAI_TRELLIS;
     c->tables = t;
@@ -108,5 +142,7 @@ static void trellis_free(const tqai_codec *c) {
     free((void *)t->matrices);
     free((void *)t->nibbles);
     free((void *)t->nibble_levels);
+    free((void *)t->place_maps);
+    free((void *)t->place_levels);
     free((void *)t);
 }

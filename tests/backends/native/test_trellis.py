@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tqai.backends.base import ExactTokens
-from tqai.backends.native.trellis import byte_maps, from_row_codes, nibble_maps, nibbles_of, to_row_codes
+from tqai.backends.native.trellis import (
+    byte_maps,
+    from_row_codes,
+    nibble_maps,
+    nibbles_of,
+    place_bits,
+    place_maps,
+    to_row_codes,
+)
 from tqai.cache.layer import page_format_for
 from tqai.config import CacheConfig
 from tqai.core.codec import CodecSpec, make_codec
@@ -182,6 +190,27 @@ def test_maps_of_nibbles_lead_to_the_level_of_a_window(state_bits, bits):
         window = string >> (bits * u) & ((1 << code.window_bits) - 1)
         assert levels[u, index] == code.window_levels[window]
         assert not maps[u, count:].any()
+        if bits == 4:  # what the second of two byte shuffles reads depends on bits 3 to 6 alone
+            x, whole = np.arange(128), levels[u].astype(int)
+            np.testing.assert_array_equal(whole, whole[x % 16] + whole[x & 120] - whole[x & 8])
+
+
+@pytest.mark.parametrize("state_bits", [6, 8])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_one_map_and_the_bits_beside_it_lead_to_the_level(state_bits, bits):
+    code = trellis_code(state_bits, bits)
+    maps, levels = place_maps(code)
+    rng = np.random.default_rng(bits)
+    for u in range(8 // bits):
+        before, direct = place_bits(bits, state_bits, u)
+        assert direct <= 4
+        for one, two in rng.integers(0, 256, (20, 2)).tolist():
+            mapped, beside = (two, one >> (bits * u)) if before else (one, two)
+            index = beside & ((1 << direct) - 1)
+            for j in range(8):
+                index ^= (int(maps[u]) >> (8 * (7 - j)) & mapped & 0xFF).bit_count() % 2 << j
+            window = (one | two << 8) >> (bits * u) & ((1 << code.window_bits) - 1)
+            assert levels[u, index] == code.window_levels[window]
 
 
 @pytest.mark.parametrize("dim", [48, 72, 288])

@@ -43,6 +43,8 @@ class TrellisTables(ctypes.Structure):
         ("matrices", _pointer),
         ("nibbles", _pointer),
         ("nibble_levels", _pointer),
+        ("place_maps", _pointer),
+        ("place_levels", _pointer),
     ]
 
 
@@ -79,6 +81,7 @@ def trellis_tables(codec: TrellisCodec, arrays: list[Any]) -> TrellisTables:
     # the kernels read whole registers
     levels = np.pad(code.levels, (0, 128 - len(code.levels)))
     nibbles, nibble_levels = nibble_maps(code)
+    place, place_levels = place_maps(code)
     return TrellisTables(
         state_bits=code.state_bits,
         index_bits=len(code.rows),
@@ -90,6 +93,8 @@ def trellis_tables(codec: TrellisCodec, arrays: list[Any]) -> TrellisTables:
         matrices=keep(byte_maps(code), np.uint64),
         nibbles=keep(nibbles, np.uint8),
         nibble_levels=keep(nibble_levels, np.int8),
+        place_maps=keep(place, np.uint64),
+        place_levels=keep(place_levels, np.int8),
     )
 
 
@@ -115,7 +120,9 @@ def nibbles_of(bits: int, state_bits: int, u: int) -> tuple[int, int, int]:
     and which of them maps to itself (-1: none). As in csrc/trellis.h."""
     shift = bits * u % 4
     end = shift + state_bits + bits
-    if state_bits == 8:
+    if bits == 4:
+        direct = 0
+    elif state_bits == 8:
         direct = 2 if bits == 1 and u % 4 == 3 else 1
     else:
         direct = -1 if bits == 2 and u % 2 else end // 4 - 1
@@ -129,7 +136,7 @@ def nibble_maps(code: TrellisCode) -> tuple[NDArray[np.uint8], NDArray[np.int8]]
 
     >>> from tqai.core.trellis_code import trellis_code
     >>> maps, levels = nibble_maps(trellis_code(6, 4))
-    >>> bool((maps[0, 1] == range(16)).all())
+    >>> bool((maps[0, 0] == range(16)).all())
     True
     """
     maps = np.zeros((8, 4, 16), dtype=np.uint8)
@@ -143,19 +150,64 @@ def nibble_maps(code: TrellisCode) -> tuple[NDArray[np.uint8], NDArray[np.int8]]
             )
             for j in range(count)
         ]
-        basis = [int(indices[direct][1 << i]) for i in range(4)] if direct >= 0 else []
-        # every index of the basis so far, and what is still outside of it
-        reached = _sums(basis)
-        for i in range(index_bits):
-            if len(reached) < 1 << index_bits and 1 << i not in reached:
-                basis.append(1 << i)
-                reached = _sums(basis)
-        renamed = np.zeros(1 << index_bits, dtype=np.uint8)
-        renamed[reached] = np.arange(1 << index_bits)
+        reached, renamed = _basis(
+            [int(indices[direct][1 << i]) for i in range(4)] if direct >= 0 else [], index_bits
+        )
         for j, index in enumerate(indices):
             maps[u, j] = renamed[index]
         levels[u, : 1 << index_bits] = code.levels[reached]
     return maps, levels
+
+
+def place_maps(code: TrellisCode) -> tuple[NDArray[np.uint64], NDArray[np.int8]]:
+    """Of codes of 2 and 4 bits, for the coordinates whose windows begin in one byte: the matrices uint64
+    `[4]` of the byte that goes through a map, and levels int8 `[4, 128]`, as in csrc/trellis.h. Zeros for
+    other bits.
+
+    >>> from tqai.core.trellis_code import trellis_code
+    >>> place_maps(trellis_code(6, 4))[1].shape
+    (4, 128)
+    """
+    maps, levels = np.zeros(4, dtype=np.uint64), np.zeros((4, 128), dtype=np.int8)
+    if code.bits % 2:
+        return maps, levels
+    for u in range(8 // code.bits):
+        before, direct = place_bits(code.bits, code.state_bits, u)
+        # of bit i of the two bytes, what it adds to the index
+        inside = range(code.bits * u, code.bits * u + code.window_bits)
+        added = [
+            int(code.mixed(np.array([1 << (i - inside[0])]))[0]) if i in inside else 0 for i in range(16)
+        ]
+        first = code.bits * u if before else 8
+        reached, renamed = _basis(added[first : first + direct], len(code.rows))
+        levels[u, : len(reached)] = code.levels[reached]
+        mapped = 8 if before else 0
+        for bit in range(8):
+            for j in range(len(code.rows)):
+                if renamed[added[mapped + bit]] >> j & 1:
+                    maps[u] |= np.uint64(1 << (8 * (7 - j) + bit))
+    return maps, levels
+
+
+def place_bits(bits: int, state_bits: int, u: int) -> tuple[bool, int]:
+    """Whether the window's first byte (else its second) enters the index as it stands, and how many bits of
+    it, as in csrc/trellis.h."""
+    over = bits * u + bits + state_bits - 8
+    return over > 4, 8 - bits * u if over > 4 else max(over, 0)
+
+
+def _basis(basis: list[int], index_bits: int) -> tuple[list[int], NDArray[np.uint8]]:
+    """A basis of the indices that begins with the given ones: which index each sum of it is, and the inverse.
+    Single bits are added, those of the second part of the levels first."""
+    basis = list(basis)
+    reached = _sums(basis)
+    for i in (*range(4, index_bits), *range(4)):
+        if len(reached) < 1 << index_bits and 1 << i not in reached:
+            basis.append(1 << i)
+            reached = _sums(basis)
+    renamed = np.zeros(1 << index_bits, dtype=np.uint8)
+    renamed[reached] = np.arange(1 << index_bits)
+    return reached, renamed
 
 
 def _sums(basis: list[int]) -> list[int]:
