@@ -49,6 +49,13 @@ def both(tiny_model, tmp_path_factory):
     return found
 
 
+def test_nothing_stays_patched(both):
+    """Neither after this command nor after a test before it: attention is replaced in mlx-lm's own modules."""
+    from tqai.integrations.mlx_lm import attention
+
+    assert not attention._ORIGINALS and not any(attention._USERS.values())
+
+
 def test_quality_is_that_of_torch(both):
     here, there = both
     for cache in CACHES:
@@ -86,6 +93,7 @@ def test_a_filled_cache_counts_its_arrays_once_and_can_be_forked(tiny_model):
     import torch
     from transformers import AutoConfig
 
+    import tqai
     from tqai.evaluation import cache_maker, greedy_decode, held_bytes, prefill_caches
     from tqai.evaluation.mlx_models import MlxCausalModel
 
@@ -100,6 +108,7 @@ def test_a_filled_cache_counts_its_arrays_once_and_can_be_forked(tiny_model):
     first = greedy_decode(model, ids[:, :3], fork, 4)
     assert (packed.get_seq_length(), fork.get_seq_length()) == (150, 156)
     assert greedy_decode(model, ids[:, :3], packed, 4) == first
+    tqai.unpatch(model.mlx)
 
 
 def test_without_a_cache_the_fallback_is_measured(tqai_command, tiny_model):

@@ -142,9 +142,15 @@ def _measurable(loaded: LoadedModel) -> LoadedModel:
 
 def _measured(loaded: LoadedModel, request: Any, work: Any) -> tuple[dict[str, Any], list[Any]]:
     """The result and the points of the plot; warnings of the measurement become lines on standard error."""
+    import tqai
+
     with warnings.catch_warnings(record=True) as caught, steps(request.steps) as progress:
         warnings.simplefilter("always", UserWarning)
-        result, points = work(loaded.model, loaded.tokenizer, loaded.name, request, progress)
+        try:
+            result, points = work(loaded.model, loaded.tokenizer, loaded.name, request, progress)
+        finally:
+            if hasattr(loaded.model, "mlx"):  # patched for its caches, and with it the module of its kind
+                tqai.unpatch(loaded.model.mlx)
     for message in dict.fromkeys(
         str(entry.message) for entry in caught if entry.category.__module__[:4] == "tqai"
     ):
