@@ -50,7 +50,7 @@ def both(tiny_model, tmp_path_factory):
 
 
 def test_nothing_stays_patched(both):
-    """Neither after this command nor after a test before it: attention is replaced in mlx-lm's own modules."""
+    """Neither by this command nor by a test before it: attention is replaced in mlx-lm's own modules."""
     from tqai.integrations.mlx_lm import attention
 
     assert not attention._ORIGINALS and not any(attention._USERS.values())
