@@ -62,8 +62,8 @@ typedef struct {
                      const int16_t *q, int rows, int fine, int32_t *dots);
     /* Largest of those of n floats (a multiple of 16) that are numbers, -inf if none is. */
     float (*largest)(const float *x, int n);
-    /* acc[r * head_dim + d] += step[r] * sum over pages, t of w[r * BLOCK_TOKENS + 64 page + t] * level;
-     * `next` as for key_dots */
+    /* acc[r * head_dim + d] += step[r] * sum over pages, t of w[r * BLOCK_TOKENS + 64 page + t] * level, of byte factors in
+     * units of FACTOR_PARTS; `next` as for key_dots */
     void (*value_sums)(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
                        const int16_t *w, const float *step, int rows, float *acc);
     /* Logits, maximum, weights of one block of `tokens` (a multiple of 64). Turns dots into int16 weights

@@ -282,16 +282,17 @@ static void key_dots(const tqai_codec *codec, const uint8_t *const *codes, const
     }
 }
 
-static void values_of_both_signs(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next,
-                                 int pages, const int16_t *w, const float *step, int rows, float *acc);
-
 static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
                        const int16_t *w, const float *step, int rows, float *acc) {
+    float finer[MAX_ROWS];
     if (of_bytes(codec)) {
-        if (any_below_zero(w, TQAI_PAGE_TOKENS * pages, rows)) values_of_both_signs(codec, codes, next, pages, w, step, rows, acc);
-        else if (codec->kind == TQAI_TRELLIS) BY_TRELLIS(values, codec, codes, next, pages, w, step, acc);
-        else BY_BYTES(values, codec, codes, next, pages, w, step, acc);
-        return;
+        if (bytes_suffice(w, TQAI_PAGE_TOKENS * pages, rows)) {
+            if (codec->kind == TQAI_TRELLIS) BY_TRELLIS(values, codec, codes, next, pages, w, step, acc);
+            else BY_BYTES(values, codec, codes, next, pages, w, step, acc);
+            return;
+        }
+        for (int r = 0; r < rows; r++) finer[r] = step[r] * (1.0f / FACTOR_PARTS);
+        step = finer;
     }
     if (codec->kind == TQAI_TRELLIS) {
         tqai_kernels_avx2.value_sums(codec, codes, next, pages, w, step, rows, acc);
@@ -308,21 +309,6 @@ static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, con
         return;
     }
     BY_BITS(values, codec->bits, codec, codes, next, pages, w, step, acc)
-}
-
-/* A scale below 0 makes weights below 0, which bytes without a sign cannot say: the two kinds apart. */
-static void values_of_both_signs(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next,
-                                 int pages, const int16_t *w, const float *step, int rows, float *acc) {
-    int16_t part[MAX_ROWS * BLOCK_TOKENS] = {0};
-    float to[MAX_ROWS];
-    for (int sign = 1; sign >= -1; sign -= 2) {
-        for (int r = 0; r < rows; r++) {
-            to[r] = step[r] * (float)sign;
-            for (int t = r * BLOCK_TOKENS; t < r * BLOCK_TOKENS + TQAI_PAGE_TOKENS * pages; t++)
-                part[t] = (int16_t)(w[t] * sign > 0 ? w[t] * sign : 0);
-        }
-        value_sums(codec, codes, next, pages, part, to, rows, acc);
-    }
 }
 
 #define KEY_DOTS key_dots

@@ -72,11 +72,11 @@ def history(native):
     Returns (History, keys, values), tokens float64 `[batch, kv_heads, tokens in sight, dim]`.
     """
 
-    def make(page_format, batch, heads, pages, first_token=0, seed=0, slack=0):
+    def make(page_format, batch, heads, pages, first_token=0, seed=0, slack=0, mean_value=0.0):
         generator = torch.Generator().manual_seed(seed)
         shape = (batch * pages, heads, PAGE_TOKENS)
         keys = torch.randn(*shape, page_format.key.spec.head_dim, generator=generator)
-        values = torch.randn(*shape, page_format.value.spec.head_dim, generator=generator)
+        values = torch.randn(*shape, page_format.value.spec.head_dim, generator=generator) + mean_value
         slab = torch.full((batch * pages, heads, page_format.page_bytes), 0xFF, dtype=torch.uint8)
         native.encode(keys, values, page_format, slab)
         table = torch.randperm(batch * pages, generator=generator).reshape(batch, pages)

@@ -80,6 +80,32 @@ def test_groups_and_new_tokens(each_isa, page_format, history, attention64, grou
     torch.testing.assert_close(attended.lse.double(), lse, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "codec, bits", [("scalar", 4), ("scalar", 3), ("scalar", 2), ("trellis", 4), ("trellis", 2)]
+)
+@pytest.mark.parametrize("group", [1, 4])
+def test_tokens_beside_one_with_nearly_all_weight(
+    each_isa, page_format, history, attention64, codec, bits, group
+):
+    """What the others add to a token of 88 to 99 % of all weight, as the first token of many a model has,
+    is small but all of one direction: weights that are rounded to 0 would show in it."""
+    found, keys, values = history(page_format(bits, bits, 64, codec=codec), 1, 2, 8, mean_value=1.0)
+    strongest = keys[:, :, 5, None] / keys[:, :, 5, None].square().sum(-1, keepdim=True)
+    query = (
+        (torch.tensor([[9.5], [2.5], [10.5], [10]])[:group] * 8 * strongest).flatten(1, 2)[:, :, None].float()
+    )
+    far = torch.zeros(1, 2, 1, 64)
+    logits = 0.125 * query.double() @ keys.repeat_interleave(group, 1).transpose(-1, -2)
+    weights = logits.softmax(-1)
+    mask = (torch.arange(513) < 512).expand(1, 1, 1, 513)
+    attended = each_isa.attend(query, found, None, ExactTokens(far, far), mask, 0.125, None)
+    share = weights[..., 5:6] * values[:, :, 5, None].repeat_interleave(group, 1)
+    wanted = weights @ values.repeat_interleave(group, 1) - share
+    off = (attended.out.double() - share - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    assert 0.85 < weights[:, ::group, 0, 5].min() < 0.99
+    assert off.max() < 0.04, off
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types(each_isa, page_format, history, attention64, dtype):
     found = history(page_format(3, 3, 96), 1, 2, 2)
