@@ -29,6 +29,7 @@ import choice_tables  # noqa: E402
 import code_tables  # noqa: E402
 import cpu_tables  # noqa: E402
 import gpu_tables  # noqa: E402
+import kernel_tables  # noqa: E402
 import mlx_tables  # noqa: E402
 import serve_tables  # noqa: E402
 import soak_tables  # noqa: E402
@@ -247,6 +248,7 @@ PARTS: dict[str, Callable[[Path], str]] = {
     "picture": picture,
     "quality": quality_table,
     "speed": speed_table,
+    "kernels-short": kernel_tables.short_table,
     "cpu-attention": cpu_tables.attention_table,
     "cpu-targets": cpu_tables.targets_table,
     "cpu-second-machine": cpu_tables.second_machine_table,
