@@ -123,3 +123,10 @@ def test_another_configuration_is_refused(saved):
         import_layer(CompressedLayer(layer.config), incomplete, about, torch.device("cpu"))
     with pytest.raises(CorruptFileError, match="claims 201"):
         import_layer(CompressedLayer(layer.config), tensors, {**about, "length": 201}, torch.device("cpu"))
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, saved):
+    with pytest.raises(FileNotFoundError) as raised:
+        write_file(tmp_path / "none" / "c", {}, {})
+    assert str(raised.value) == f"no folder {tmp_path / 'none'} to save a cache in"
+    assert not (tmp_path / "none").exists()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tqai.config import DEFAULT_PRESET, PRESETS
 from tqai.evaluation import context_sweep
 from tqai.evaluation.peak_memory import PeakMemory
 
@@ -113,6 +114,29 @@ def test_peak_memory_sees_what_is_freed_again():
     with PeakMemory(torch.device("cpu")) as memory:
         pass
     assert memory.peak_bytes < 32 << 20
+
+
+def test_named_presets_and_what_quick_takes(tqai_command, tiny_model, monkeypatch):
+    monkeypatch.setattr(context_sweep, "_branch", one_branch)
+    result = tqai_command("bench-kv", "-m", tiny_model, "--quick", "--json")
+    assert result.status == 0, result.err
+    assert [branch["cache"] for branch in result.json["branches"]] == ["dynamic", DEFAULT_PRESET] * 2
+    assert result.json["new_tokens"] == 16
+    asked = ("--configs", " k4v2,small", "--context", "64")
+    result = tqai_command("bench-kv", "-m", tiny_model, *asked, "--json")
+    assert [branch["cache"] for branch in result.json["branches"]] == ["dynamic", "K4/V2", "small"]
+    result = tqai_command("bench-kv", "-m", tiny_model, "--context", "64", "--json")
+    assert {branch["cache"] for branch in result.json["branches"]} == {"dynamic", DEFAULT_PRESET, *PRESETS}
+    result = tqai_command("bench-kv", "-m", tiny_model, "--context", "64", "--configs", "all8")
+    assert result.status == 2 and "'all8'" in result.one_line()
+
+
+def test_a_named_preset_is_measured(tqai_command, tiny_model):
+    sizes = ("--context", "320", "--new-tokens", "2", "--configs", "balanced")
+    result = tqai_command("bench-kv", "-m", tiny_model, *sizes, "--json")
+    assert result.status == 0, result.err
+    exact, ours = result.json["branches"]
+    assert ours["held_bytes"] < exact["held_bytes"] and 0 < ours["kl_mean"] < 0.5
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from tqai.cli import eval as eval_command
+from tqai.evaluation import KINDS
+
 SMALL = ("--documents", "2", "--document-tokens", "224", "--prefill", "128", "--seeds", "2")
 
 
@@ -71,9 +74,33 @@ def test_tables_plot_and_the_warning_of_one_pass(tiny_model, tqai_command, tmp_p
         (("--cache", "K4/V2,window"), "wanted name=value"),
         (("--documents", "1000"), "too short"),
         (("--seeds", "0"), "--seeds 0"),
+        (("--text", "/no/such/text"), "--text /no/such/text: No such file"),
+        (("--document-tokens", "100"), "--document-tokens 100 --prefill 512"),
+        (("--prefill", "-1"), "--prefill -1"),
+        (("--chunk", "0"), "--chunk 0"),
+        (("--retrieval", "600", "--depth", "2"), "--depth 2.0: allowed are numbers from 0 to 1"),
+        (("--retrieval", "600", "--depth", "nan"), "--depth nan"),
+        (("--retrieval", "600", "--kind", "none"), "--kind none: allowed are single, multi, lookup"),
+        (("--retrieval", "0"), "--retrieval 0"),
+        (("--bits-at", "0"), "--bits-at 0"),
     ],
 )
 def test_wrong_requests_are_refused_in_one_line(tiny_model, tqai_command, options, message):
     done = tqai_command("eval", "--model", tiny_model, "--document-tokens", "700", *options)
-    assert done.status in (1, 2)
+    assert done.status == (1 if "No such file" in message else 2)
     assert message in done.one_line()
+
+
+def test_kinds_are_those_of_the_measure():
+    assert eval_command.KINDS == KINDS
+
+
+def test_one_document_has_no_interval(tiny_model, tqai_command):
+    sizes = ("--document-tokens", "160", "--prefill", "100", "--seeds", "1", "--cache", "K4/V2")
+    row = {}
+    for documents in ("1", "2"):
+        done = tqai_command("eval", "--model", tiny_model, *sizes, "--documents", documents)
+        row[documents] = next(line for line in done.out.splitlines() if "K4/V2" in line).split("│")
+    assert row["1"][4].strip() == "-"
+    low, high = map(float, row["2"][4].split("-"))
+    assert 0 < low < high

@@ -54,6 +54,21 @@ def test_unknown_options_are_refused(model, quanto):
         cache_maker("K4/V2", model, sink_tokens=-1)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("all8", {}),
+        ("kv+hidden8", {}),
+        ("kv-only", {"compress_ffn": True}),
+        ("K4/V2", {"compress_hidden": True}),
+    ],
+)
+def test_rounded_activations_are_no_cache_s(model, name, options):
+    """A cache alone does not round them: it would be measured as a plain one under their name."""
+    with pytest.raises(ConfigError, match=f"cache='{name}' rounds activations".replace("+", r"\+")):
+        cache_maker(name, model, **options)
+
+
 def test_a_missing_package_is_said(model, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("hqq")]:
         monkeypatch.delitem(sys.modules, name)

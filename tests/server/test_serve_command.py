@@ -1,12 +1,13 @@
 """`tqai serve` and `turboquant-server`: what the flags come to, without binding a port."""
 
+import socket
 import sys
 
 import httpx
 import pytest
 
 from tqai.cli.app import main
-from tqai.cli.serve import parse_bytes, turboquant_server
+from tqai.cli.serve import check_address, parse_bytes, turboquant_server
 
 
 @pytest.fixture
@@ -20,6 +21,8 @@ def served_with(monkeypatch, capsys):
         found.update(app=app, engine=engine, host=host, port=port, grace=grace_seconds)
 
     monkeypatch.setattr("tqai.server.api.lifecycle.serve", note)
+    # the ports named here may be somebody's
+    monkeypatch.setattr("tqai.cli.serve.check_address", lambda host, port: None)
 
     def run(*options, command=main):
         found.clear()
@@ -133,6 +136,28 @@ def test_a_key_file_without_keys_is_refused(served_with, tmp_path):
     empty.write_text("# none yet\n")
     status, found, said = served_with("--api-key-file", str(empty))
     assert status == 2 and not found and "holds no key" in said
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_a_port_in_use_is_one_line_before_the_model_is_loaded(capsys, monkeypatch, host):
+    monkeypatch.setattr("tqai.cli.serve.load_model", lambda *_: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--host", host, "--port", str(port)]) == 1
+        said = capsys.readouterr().err
+    assert said == f"tqai: error: --host {host} --port {port}: Address already in use\n"
+
+
+def test_an_address_that_is_nobody_s(capsys):
+    assert main(["serve", "--host", "192.0.2.1"]) == 1  # RFC 5737: of no machine
+    assert "--host 192.0.2.1 --port 8000: Cannot assign requested address" in capsys.readouterr().err
+
+
+def test_a_free_port_is_still_free_after_the_check():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    check_address("127.0.0.1", port)
+    socket.create_server(("127.0.0.1", port)).close()
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def write_file(path: str | PathLike[str], tensors: Mapping[str, Tensor], header:
         OSError: the folder cannot be written. Nothing is left behind.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to save a cache in")
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     full: dict[str, Any] = {**header, "format": FORMAT_NAME, "version": FORMAT_VERSION}
     full["sha256"] = {name: _digest(tensor) for name, tensor in on_cpu.items()}

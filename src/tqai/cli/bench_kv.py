@@ -14,7 +14,7 @@ from tqai.cli.models import WRONG_USAGE, LoadedModel, load_model
 from tqai.cli.options import DeviceOption, DtypeOption, FileOption, JsonOption, ModelOption
 from tqai.cli.prompts import read_text
 from tqai.cli.report import CommandError, console, format_bytes, print_json, steps, warn
-from tqai.config import PRESETS, CacheConfig
+from tqai.config import DEFAULT_PRESET, PRESETS, CacheConfig
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,10 @@ def bench_kv(
     ] = "512,1024,2048,4096",
     configs: Annotated[
         str | None,
-        typer.Option(help="Presets of the cache, separated by commas.", show_default="all"),
+        typer.Option(
+            help="Presets of the cache, separated by commas.",
+            show_default=f"{DEFAULT_PRESET} and all of bits alone",
+        ),
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each context.")] = 32,
     quick: Annotated[
@@ -107,8 +110,14 @@ def _contexts(text: str) -> list[int]:
 
 def _configs(text: str | None) -> list[str]:
     if text is None:
-        return list(PRESETS)
-    return [CacheConfig.preset(part.strip()).label for part in text.split(",")]
+        return [DEFAULT_PRESET, *PRESETS]
+    return [_preset_name(part.strip()) for part in text.split(",")]
+
+
+def _preset_name(name: str) -> str:
+    """As `cache_maker` takes it: presets of bits alone may be spelled in several ways."""
+    label = CacheConfig.preset(name).label
+    return label if label in PRESETS else name
 
 
 def _text_ids(loaded: LoadedModel, text: str, tokens: int) -> torch.Tensor:

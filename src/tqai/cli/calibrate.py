@@ -84,7 +84,7 @@ def _text(path: str | None) -> str:
         from tqai.demo.retrieval import document
 
         return document()
-    return read_text(path)
+    return read_text(path, "--text")
 
 
 def _print(result: dict[str, Any], found: Any) -> None:

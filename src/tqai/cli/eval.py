@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ from tqai.config import DEFAULT_PRESET, FALLBACK_PRESET
 
 __all__ = ["evaluate"]
 
+KINDS = ("single", "multi", "lookup")
+"""Those of `tqai.evaluation.needles`, which imports torch."""
 _SIZES, _NEEDLES = "Text", "Retrieval (codes hidden in a document, asked for at its end)"
 DEFAULT_CACHES = (DEFAULT_PRESET,)
 
@@ -91,7 +94,9 @@ def evaluate(
             "(--greedy from 0)",
             WRONG_USAGE,
         )
-    written = "".join(read_text(path) for path in text or ())
+    _check_lengths(document_tokens, prefill, chunk, bits_at)
+    _check_needles(retrieval or (), kind or (), depth or ())
+    written = "".join(read_text(path, "--text") for path in text or ())
     loaded = load_model(model, device, dtype, backend)
     if mlx:
         loaded = _measurable(loaded)
@@ -124,6 +129,30 @@ def evaluate(
         from tqai.cli.eval_tables import print_result
 
         print_result(result)
+
+
+def _check_lengths(document: int, prefill: int, chunk: int, bits_at: int | None) -> None:
+    if not 0 <= prefill <= document - 2:
+        raise CommandError(
+            f"--document-tokens {document} --prefill {prefill}: allowed are prefills from 0 that leave 2 "
+            "tokens of a document or more",
+            WRONG_USAGE,
+        )
+    if chunk < 1 or (bits_at is not None and bits_at < 1):
+        name, value = ("--chunk", chunk) if chunk < 1 else ("--bits-at", bits_at)
+        raise CommandError(f"{name} {value}: allowed are whole numbers from 1", WRONG_USAGE)
+
+
+def _check_needles(lengths: Sequence[int], kinds: Sequence[str], depths: Sequence[float]) -> None:
+    for length in lengths:
+        if length < 1:
+            raise CommandError(f"--retrieval {length}: allowed are whole numbers from 1", WRONG_USAGE)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise CommandError(f"--kind {kind}: allowed are {', '.join(KINDS)}", WRONG_USAGE)
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise CommandError(f"--depth {depth}: allowed are numbers from 0 to 1", WRONG_USAGE)
 
 
 def _measurable(loaded: LoadedModel) -> LoadedModel:

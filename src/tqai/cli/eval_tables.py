@@ -25,7 +25,8 @@ def print_result(result: dict[str, Any]) -> None:
             name,
             f"{bits:.3f}",
             f"{kl['value']:.5f}",
-            f"{kl['low']:.5f}-{kl['high']:.5f}",
+            # over documents: one says nothing of others
+            "-" if request["documents"] == 1 else f"{kl['low']:.5f}-{kl['high']:.5f}",
             f"{found['kl_p99']['value']:.4f}",
             f"{found['top1_agreement']['value']:.2%}",
             f"{found['perplexity']['value']:.3f}",

@@ -20,8 +20,8 @@ def check_new_tokens(max_tokens: int) -> None:
         raise CommandError(f"--max-tokens {max_tokens}: allowed are whole numbers from 1", WRONG_USAGE)
 
 
-def read_text(path: str | None) -> str:
-    """The text of `--file`, or nothing.
+def read_text(path: str | None, option: str = "--file") -> str:
+    """The text of `--file`, or of the option of another name, or nothing.
 
     Raises:
         CommandError: it cannot be read as UTF-8 text.
@@ -32,7 +32,7 @@ def read_text(path: str | None) -> str:
         return Path(path).expanduser().read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise CommandError(f"--file {path}: {reason}") from error
+        raise CommandError(f"{option} {path}: {reason}") from error
 
 
 def token_ids(loaded: LoadedModel, prompt: str, file_text: str, chat: bool, new_tokens: int) -> torch.Tensor:

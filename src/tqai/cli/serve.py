@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +32,7 @@ from tqai.cli.options import (
 )
 from tqai.cli.report import CommandError, format_bytes, warn
 
-__all__ = ["serve", "turboquant_server"]
+__all__ = ["check_address", "serve", "turboquant_server"]
 
 EMBEDDED_NAME = "tqai-demo"
 EMBEDDED_TEMPLATE = (
@@ -179,6 +181,7 @@ def serve(
     template = None if chat_template is None else _read(chat_template, "--chat-template")
     pool_bytes = None if max_kv_memory is None else parse_bytes(max_kv_memory, "--max-kv-memory")
     body_bytes = parse_bytes(max_body, "--max-body")
+    check_address(host, port)
 
     from tqai.server.api.allocator import use_few_arenas
 
@@ -233,6 +236,37 @@ def serve(
     warn(f"http://{host}:{port}/v1 (status page: http://{host}:{port}/)")
     engine.start()
     serve_app(app, engine, host, port, drain_seconds)
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be bound to, before a model is loaded for it.
+
+    Raises:
+        CommandError: the port is in use or not allowed, or the host is not this machine's.
+    """
+    told = f"--host {host} --port {port}"
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise CommandError(f"{told}: {error.strerror}") from error
+    bound, elsewhere = False, None
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                if os.name == "posix":  # on Windows the option would let two servers have one port
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(address)
+        except OSError as error:
+            # a name such as localhost may stand for an address of IPv6 that this machine does not have
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise CommandError(f"{told}: {os.strerror(error.errno or 0)}") from error
+            elsewhere = error
+        else:
+            bound = True
+    if not bound:
+        raise CommandError(f"{told}: {os.strerror((elsewhere and elsewhere.errno) or 0)}")
 
 
 def turboquant_server() -> int:

@@ -63,7 +63,7 @@ def cache_maker(name: str, model: Any, label: str | None = None, **options: Any)
             quanto and hqq, arguments of `QuantizedCache` (`residual_length`, `q_group_size`, ...).
 
     Raises:
-        ConfigError: an unknown name or option.
+        ConfigError: an unknown name or option, or one that rounds activations.
         UnsupportedError: the package that the cache needs is not installed, or too old.
     """
     called = label if label is not None else name
@@ -83,6 +83,11 @@ def cache_maker(name: str, model: Any, label: str | None = None, **options: Any)
     config = _config(name, options)
     if config is None:
         raise ConfigError(f"cache={name!r}: allowed are {', '.join(known_caches())}")
+    if config.studies_activations:
+        raise ConfigError(
+            f"cache={name!r} rounds activations, which `tqai.patch` does and no cache: allowed are "
+            f"{', '.join(known_caches())}"
+        )
     return CacheMaker(label or config.label, "tqai", _turboquant(model, config), config.to_dict())
 
 

@@ -38,6 +38,8 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str, str]] = [
     ({"config": "K9/V9"}, "'K9/V9'", "K4/V2"),
     ({"config": 4}, "config=4", "CacheConfig"),
     ({"config": "K4/V4", "bits_k": 3}, "config='K4/V4'", "one of the two"),
+    # 4 is what bits_k is elsewhere, but not in this preset
+    ({"config": "balanced", "bits_k": 4}, "beside bits_k", "one of the two"),
 ]
 
 
@@ -90,6 +92,22 @@ def test_wrong_bits(bits: Any) -> None:
 def test_what_is_no_model() -> None:
     with pytest.raises(ConfigError, match="model=Linear"):
         tqai.TurboQuantCache(torch.nn.Linear(2, 2))
+
+
+def test_patch_wants_a_model_that_generates(tiny: Tiny) -> None:
+    """And leaves alone the attention of one that does not."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    encoder = tf.BertModel(tf.BertConfig(vocab_size=50, **sizes))
+    for what, name in (
+        (None, "NoneType"),
+        (tiny("llama").config, "LlamaConfig"),
+        (tiny("llama").model, "LlamaModel"),
+        (encoder, "BertModel"),
+        (torch.nn.Linear(2, 2), "Linear"),
+    ):
+        with pytest.raises(ConfigError, match=f"model={name}: .*generate"):
+            tqai.patch(what)
+    assert encoder.config._attn_implementation == tiny("llama").config._attn_implementation == "sdpa"
 
 
 def test_offloading(tiny: Tiny) -> None:

@@ -106,7 +106,7 @@ def attend(
     out = torch.where(total > 0, weighted / total, 0.0)
     # a NaN that is in sight must show: `total > 0` is false for it
     out = torch.where(total.isnan(), torch.nan, out)
-    limit = torch.finfo(query.dtype).max
+    limit = min(torch.finfo(dtype).max for dtype in (query.dtype, out.dtype))
     out = out.clamp(-limit, limit).to(query.dtype).reshape(batch, query_heads, new_tokens, -1)
     return Attended(out, (state.top + state.total.log()).reshape(batch, query_heads, new_tokens))
 

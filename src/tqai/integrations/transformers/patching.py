@@ -68,9 +68,14 @@ def patch(
 
     Raises:
         ConfigError: a setting is out of range, or given beside `config`; `config_path` is no such folder,
-            or belongs to a model with other shapes.
+            or belongs to a model with other shapes; `model` has no `generate`.
         UnsupportedError: an encoder-decoder model, or one without attention layers to compress.
     """
+    if not callable(getattr(_uncompiled(model), "generate", None)):
+        raise ConfigError(
+            f"model={type(model).__name__}: allowed are transformers models with `generate`, such as "
+            "AutoModelForCausalLM gives"
+        )
     given = {
         "bits_k": bits_k,
         "bits_v": bits_v,
@@ -93,7 +98,9 @@ def patch(
     defaults = CacheConfig().to_dict()
     changed = {name: value for name, value in given.items() if value != defaults.get(name, object())}
     if config is not None:
-        beside = sorted(changed) + (["config_path"] if config_path is not None else [])
+        # what is said of compression counts even where it is the default of its field: not of the preset
+        said = {name for name, value in given.items() if value is not None} & COMPRESSION_FIELDS
+        beside = sorted({*changed, *said}) + (["config_path"] if config_path is not None else [])
         if beside:
             raise ConfigError(
                 f"config={config!r} is given beside {', '.join(beside)}: allowed is one of the two"
