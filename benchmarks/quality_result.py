@@ -148,7 +148,8 @@ def _numbers(run: dict[str, Any]) -> list[int]:
 
 def _common(left: dict[str, Any], right: dict[str, Any]) -> tuple[float, float]:
     """Mean KL of two caches over the documents that both read."""
-    numbers = left["kl_by_document"].keys() & right["kl_by_document"].keys()
+    # sorted: sums in another order differ in their last digit
+    numbers = sorted(left["kl_by_document"].keys() & right["kl_by_document"].keys())
     return tuple(  # type: ignore[return-value]
         float(np.mean([row["kl_by_document"][number] for number in numbers])) for row in (left, right)
     )
