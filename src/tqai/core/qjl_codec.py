@@ -26,20 +26,20 @@ from numpy.typing import NDArray
 
 from tqai.config import MAX_SKETCH_BITS
 from tqai.core import bfloat16
-from tqai.core.codec import SCALE_BYTES, CodecSpec, Encoded, make_codec, register_codec
+from tqai.core.codec import CodecSpec, Encoded, register_codec
 from tqai.core.packing import packed_bytes
 from tqai.core.qjl import SignSketch, Sketched
-from tqai.core.rotation import rotate, unrotate
+from tqai.core.rotated import RotatedCodec
+from tqai.core.rotation import rotate
 from tqai.core.scalar import ScalarCodec
 from tqai.errors import ConfigError, InputError
 
 __all__ = ["NORM_BYTES", "SketchedCodec"]
 
 NORM_BYTES = 2
-LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
-class SketchedCodec:
+class SketchedCodec(RotatedCodec):
     """Codec "qjl" (see the `Codec` protocol). Immutable; make it with `core.codec.make_codec`.
 
     Attributes:
@@ -54,14 +54,9 @@ class SketchedCodec:
         if not 1 <= spec.sketch <= MAX_SKETCH_BITS:
             raise ConfigError(f"sketch={spec.sketch}: allowed are whole numbers from 1 to {MAX_SKETCH_BITS}")
         self.scalar = ScalarCodec(replace(spec, name="scalar", sketch=0))
-        self._spec = replace(spec, rotation=self.scalar.spec.rotation)
+        super().__init__(replace(spec, rotation=self.scalar.spec.rotation))
         kind = "orthogonal" if spec.sketch <= spec.head_dim else "gaussian"
         self.sketch = SignSketch(spec.head_dim, spec.seed, spec.sketch, kind)
-
-    @property
-    def spec(self) -> CodecSpec:
-        """The spec that it was made from, with `rotation` resolved (never "auto")."""
-        return self._spec
 
     @property
     def signs_at(self) -> int:
@@ -77,20 +72,6 @@ class SketchedCodec:
     def row_bytes(self) -> int:
         """Bytes of codes, signs and norm of one vector."""
         return self.norm_at + NORM_BYTES
-
-    @property
-    def bits_per_value(self) -> float:
-        """Everything that one vector takes, scale included, in bits, over head_dim."""
-        return 8.0 * (self.row_bytes + SCALE_BYTES) / self._spec.head_dim
-
-    @property
-    def rotation_matrix(self) -> NDArray[np.float64]:
-        """Orthogonal `[head_dim, head_dim]`, read-only; a vector x (as a row) is coded as x @ R.T."""
-        return self.scalar.rotation_matrix
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Copies and unpickled codecs are the one object of their spec."""
-        return make_codec, (self._spec,)
 
     def tables(self) -> Mapping[str, NDArray[np.float32]]:
         """Those of the scalar codec, and "sketch" `[m, head_dim]`: S with the estimator's factor in it."""
@@ -123,18 +104,7 @@ class SketchedCodec:
         octets = np.ascontiguousarray(bfloat16.to_bits(norms).astype("<u2"))[..., None].view(np.uint8)
         return Encoded(np.concatenate([codes, signs, octets], axis=-1), scales)
 
-    def decode_rotated(self, encoded: Encoded) -> NDArray[np.float32]:
-        """Approximations `[..., head_dim]` in the rotated space, scale applied, float32."""
-        return _to_float32(self._rotated(encoded))
-
-    def decode(self, encoded: Encoded) -> NDArray[np.float32]:
-        """Approximations `[..., head_dim]` of the encoded vectors, float32, finite wherever the scale is."""
-        rotated = self._rotated(encoded)
-        known = np.isfinite(rotated[..., :1])
-        plain = unrotate(np.where(known, rotated, 0.0), self._spec.rotation, self._spec.seed)
-        return _to_float32(np.where(known, plain, np.nan))
-
-    def _rotated(self, encoded: Encoded) -> NDArray[np.float64]:
+    def _scaled(self, encoded: Encoded) -> NDArray[np.float64]:
         codes = np.asarray(encoded.codes)
         if codes.ndim == 0 or codes.shape[-1] != self.row_bytes:
             raise InputError(f"rows of {list(codes.shape)} bytes: [..., {self.row_bytes}] is wanted")
@@ -147,10 +117,6 @@ class SketchedCodec:
         scales = bfloat16.from_bits(encoded.scales).astype(np.float64)
         out: NDArray[np.float64] = (levels + left_over) * scales[..., None]
         return out
-
-
-def _to_float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    return np.clip(values, -LARGEST_FLOAT32, LARGEST_FLOAT32).astype(np.float32)
 
 
 register_codec("qjl", SketchedCodec)

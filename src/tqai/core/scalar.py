@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -22,17 +21,13 @@ from numpy.typing import NDArray
 from tqai.config import SCALES
 from tqai.core import bfloat16
 from tqai.core.codebook import codebook
-from tqai.core.codec import SCALE_BYTES, CodecSpec, Encoded, make_codec, register_codec
+from tqai.core.codec import CodecSpec, Encoded, register_codec
 from tqai.core.packing import pack, packed_bytes, unpack
-from tqai.core.rotation import checked_seed, resolve, rotate, rotation_matrix, unrotate
+from tqai.core.rotated import RotatedCodec, check_length, rotated, scales_of
+from tqai.core.rotation import checked_seed, resolve, unrotate
 from tqai.errors import ConfigError, InputError
 
-__all__ = ["SMALLEST_NORMAL", "Quantized", "ScalarCodec"]
-
-SMALLEST_NORMAL = 2.0**-126
-"""A vector whose largest absolute coordinate is below this (float32 subnormals) counts as zero."""
-
-LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+__all__ = ["Quantized", "ScalarCodec"]
 
 
 class Quantized(NamedTuple):
@@ -47,7 +42,7 @@ class Quantized(NamedTuple):
     scales: NDArray[np.float64]
 
 
-class ScalarCodec:
+class ScalarCodec(RotatedCodec):
     """Codec "scalar" (see the `Codec` protocol). Immutable; make it with `core.codec.make_codec`.
 
     Raises:
@@ -59,7 +54,7 @@ class ScalarCodec:
         if spec.scale not in SCALES:
             raise ConfigError(f"scale={spec.scale!r}: allowed are {', '.join(SCALES)}")
         checked_seed(spec.seed)
-        self._spec = replace(spec, rotation=resolve(spec.rotation, spec.head_dim))
+        super().__init__(replace(spec, rotation=resolve(spec.rotation, spec.head_dim)))
         levels = codebook(spec.head_dim, spec.bits)
         self._tables = {
             "centroids": _read_only(levels.centroids.astype(np.float32)),
@@ -69,28 +64,9 @@ class ScalarCodec:
         self._boundaries = self._tables["boundaries"].astype(np.float64)
 
     @property
-    def spec(self) -> CodecSpec:
-        """The spec that it was made from, with `rotation` resolved (never "auto")."""
-        return self._spec
-
-    @property
     def row_bytes(self) -> int:
         """Bytes of codes of one vector: ceil(head_dim * bits / 8)."""
         return packed_bytes(self._spec.head_dim, self._spec.bits)
-
-    @property
-    def bits_per_value(self) -> float:
-        """Codes (with padding to a whole byte) and scale of one vector, in bits, over head_dim."""
-        return 8.0 * (self.row_bytes + SCALE_BYTES) / self._spec.head_dim
-
-    @cached_property
-    def rotation_matrix(self) -> NDArray[np.float64]:
-        """Orthogonal `[head_dim, head_dim]`, read-only; a vector x (as a row) is coded as x @ R.T."""
-        return rotation_matrix(self._spec.rotation, self._spec.head_dim, self._spec.seed)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Copies and unpickled codecs are the one object of their spec."""
-        return make_codec, (self._spec,)
 
     def tables(self) -> Mapping[str, NDArray[np.float32]]:
         """Float32 "centroids" `[2**bits]` and "boundaries" `[2**bits - 1]`, ascending, read-only."""
@@ -105,25 +81,10 @@ class ScalarCodec:
         Raises:
             InputError: another dtype, or a last axis that is not head_dim.
         """
-        rows = self._checked(vectors)
-        largest = np.max(np.abs(rows), axis=-1)
-        finite = np.isfinite(largest)
-        usable = finite & (largest >= SMALLEST_NORMAL)
-        # Powers of two, so that norms of the largest and smallest numbers neither overflow nor vanish,
-        # and nothing else changes.
-        exponents = np.frexp(np.where(usable, largest, 1.0))[1]
-        rows = np.ldexp(np.where(usable[..., None], rows, 0.0), -exponents[..., None])
-        rotated = rotate(rows, self._spec.rotation, self._spec.seed)
-        norms = np.sqrt(np.sum(rotated * rotated, axis=-1))
-        unit = rotated / np.where(norms > 0.0, norms, 1.0)[..., None]
-        indices = np.searchsorted(self._boundaries, unit, side="right").astype(np.uint8)
-        if self._spec.scale == "norm":
-            scales = norms
-        else:
-            chosen = self._centroids[indices]
-            scales = np.sum(rotated * chosen, axis=-1) / np.sum(chosen * chosen, axis=-1)
-        scales = np.where(usable, np.ldexp(scales, exponents), np.where(finite, 0.0, np.nan))
-        indices[~finite] = 0
+        found = rotated(vectors, self._spec)
+        indices = np.searchsorted(self._boundaries, found.directions, side="right").astype(np.uint8)
+        scales = scales_of(found, self._centroids[indices], self._spec.scale)
+        indices[~found.finite] = 0
         return Quantized(indices, scales)
 
     def encode(self, vectors: NDArray[np.floating]) -> Encoded:
@@ -140,21 +101,6 @@ class ScalarCodec:
         bits = bfloat16.to_bits(np.minimum(scales, bfloat16.LARGEST))
         return Encoded(pack(indices, self._spec.bits), bits)
 
-    def decode_rotated(self, encoded: Encoded) -> NDArray[np.float32]:
-        """Approximations `[..., head_dim]` in the rotated space, scale applied, float32.
-
-        Finite wherever the scale is: what exceeds float32 becomes its largest number.
-        """
-        return _to_float32(self._rotated(encoded))
-
-    def decode(self, encoded: Encoded) -> NDArray[np.float32]:
-        """Approximations `[..., head_dim]` of the encoded vectors, float32, finite wherever the scale is."""
-        rotated = self._rotated(encoded)
-        # A NaN row would be right in its own place, but would raise floating-point flags in the others'.
-        known = np.isfinite(rotated[..., :1])
-        plain = unrotate(np.where(known, rotated, 0.0), self._spec.rotation, self._spec.seed)
-        return _to_float32(np.where(known, plain, np.nan))
-
     def dequantize(self, quantized: Quantized) -> NDArray[np.float64]:
         """As `decode`, of unpacked codes and unrounded scales, float64.
 
@@ -162,31 +108,16 @@ class ScalarCodec:
             InputError: an index of 2**bits or more, or a last axis that is not head_dim.
         """
         indices = np.asarray(quantized.indices)
-        self._check_length(indices)
+        check_length(indices, self._spec)
         if indices.size and int(indices.max()) >= len(self._centroids):
             raise InputError(f"index {int(indices.max())} does not fit {self._spec.bits} bits")
         scales = np.asarray(quantized.scales, dtype=np.float64)[..., None]
         return scales * unrotate(self._centroids[indices], self._spec.rotation, self._spec.seed)
 
-    def _rotated(self, encoded: Encoded) -> NDArray[np.float64]:
+    def _scaled(self, encoded: Encoded) -> NDArray[np.float64]:
         indices = unpack(encoded.codes, self._spec.bits, self._spec.head_dim)
         scales = bfloat16.from_bits(encoded.scales).astype(np.float64)
         return self._centroids[indices] * scales[..., None]
-
-    def _checked(self, vectors: NDArray[np.floating]) -> NDArray[np.float64]:
-        vectors = np.asarray(vectors)
-        if not np.issubdtype(vectors.dtype, np.floating):
-            raise InputError(f"vectors have dtype {vectors.dtype}: float16, float32 or float64 is wanted")
-        self._check_length(vectors)
-        return vectors.astype(np.float64)
-
-    def _check_length(self, array: NDArray[np.generic]) -> None:
-        if array.ndim == 0 or array.shape[-1] != self._spec.head_dim:
-            raise InputError(f"shape {list(array.shape)}: [..., {self._spec.head_dim}] is wanted")
-
-
-def _to_float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
-    return np.clip(values, -LARGEST_FLOAT32, LARGEST_FLOAT32).astype(np.float32)
 
 
 def _read_only(array: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from tqai.core.codec import Codec, CodecSpec, make_codec
+from tqai.core.rotated import SMALLEST_NORMAL
 from tqai.core.rotation import HADAMARD_ROUNDS, hadamard_signs
-from tqai.core.scalar import SMALLEST_NORMAL
 from tqai.errors import UnsupportedError
 
 __all__ = ["FORMS", "MlxCodec", "compiled", "mlx_codec", "pack", "unpack"]

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from tqai.backends.mlx.codes import BFLOAT16_MAX, MlxCodec, pack, unpack
 from tqai.core.codec import Codec
-from tqai.core.scalar import SMALLEST_NORMAL
+from tqai.core.rotated import SMALLEST_NORMAL
 from tqai.core.trellis import TrellisCodec
 from tqai.core.viterbi import SEAM_STEPS
 

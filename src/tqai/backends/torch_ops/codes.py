@@ -18,13 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tqai.backends.torch_ops.rotated import rotated, scales_of, unrotated
 from tqai.core.codec import Codec, CodecSpec, make_codec
 from tqai.errors import UnsupportedError
 
 __all__ = ["FORMS", "TorchCodec", "TorchForm", "pack", "torch_codec", "unpack"]
-
-BFLOAT16_MAX = torch.finfo(torch.bfloat16).max
-SMALLEST_NORMAL = 2.0**-126
 
 
 def pack(indices: Tensor, bits: int) -> Tensor:
@@ -94,34 +92,14 @@ class TorchCodec:
         Indices equal those of core except where a coordinate lies within float32 rounding of a
         boundary (tests/conformance); special values are treated as `Codec.encode` says.
         """
-        x = vectors.float()
-        largest = x.abs().amax(-1, keepdim=True)
-        finite = torch.isfinite(largest)
-        usable = finite & (largest >= SMALLEST_NORMAL)
-        unit_max = torch.where(usable, x / torch.where(usable, largest, 1.0), 0.0)
-        rotated = unit_max @ self.rotation.T
-        norm = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
-        coordinates = rotated / torch.where(usable, norm, 1.0)
-        indices = torch.bucketize(coordinates, self.boundaries, right=True)
-        if self.scale_rule == "norm":
-            scale = norm
-        else:
-            chosen = self.centroids[indices]
-            scale = (rotated * chosen).sum(-1, keepdim=True) / chosen.square().sum(-1, keepdim=True)
-        # in float64 because float32 overflows for vectors near its largest number
-        scale = (scale.double() * largest.double()).clamp(max=BFLOAT16_MAX).float().to(torch.bfloat16)
-        scale = torch.where(usable, scale, torch.zeros_like(scale))
-        scale = torch.where(finite, scale, torch.full_like(scale, torch.nan))
-        indices = torch.where(finite, indices, 0)
-        return pack(indices, self.bits), scale.squeeze(-1)
+        found = rotated(vectors, self.rotation)
+        indices = torch.bucketize(found.y / found.norm, self.boundaries, right=True)
+        scales = scales_of(found, self.centroids[indices], self.scale_rule)
+        return pack(torch.where(found.finite, indices, 0), self.bits), scales
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Vectors `[..., head_dim]` in the original space as `dtype`, clamped to its range."""
-        # scale last, in float64 where the product could pass the range of float32
-        direction = self.lookup(codes) @ self.rotation
-        vectors = direction.double() * scales.double().unsqueeze(-1)
-        limit = torch.finfo(dtype).max
-        return vectors.clamp(-limit, limit).to(dtype)
+        return unrotated(self.lookup(codes), scales, self.rotation, dtype)
 
 
 class TorchForm(Protocol):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tqai.backends.torch_ops.codes import BFLOAT16_MAX, TorchCodec, pack, unpack
+from tqai.backends.torch_ops.codes import TorchCodec, pack, unpack
+from tqai.backends.torch_ops.rotated import BFLOAT16_MAX, unrotated
 from tqai.core.codec import Codec
 from tqai.core.qjl_codec import SketchedCodec
 
@@ -53,6 +54,4 @@ class TorchSketchedCodec:
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """See `TorchForm.decode`."""
-        vectors = (self.lookup(codes) @ self.rotation).double() * scales.double().unsqueeze(-1)
-        limit = torch.finfo(dtype).max
-        return vectors.clamp(-limit, limit).to(dtype)
+        return unrotated(self.lookup(codes), scales, self.rotation, dtype)

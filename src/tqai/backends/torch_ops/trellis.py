@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tqai.backends.torch_ops.codes import BFLOAT16_MAX, SMALLEST_NORMAL, pack, unpack
+from tqai.backends.torch_ops.codes import pack, unpack
+from tqai.backends.torch_ops.rotated import rotated, scales_of, unrotated
 from tqai.core.codec import Codec
 from tqai.core.trellis import TrellisCodec
 from tqai.core.viterbi import SEAM_STEPS
@@ -68,33 +69,15 @@ class TorchTrellisCodec:
 
     def encode(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """See `TorchForm.encode`; special values as `core.trellis` has them."""
-        x = vectors.float()
-        largest = x.abs().amax(-1, keepdim=True)
-        finite = torch.isfinite(largest)
-        usable = finite & (largest >= SMALLEST_NORMAL)
-        unit_max = torch.where(usable, x / torch.where(usable, largest, 1.0), 0.0)
-        rotated = unit_max @ self.rotation.T
-        norm = torch.linalg.vector_norm(rotated, dim=-1, keepdim=True)
-        targets = rotated * (self._per_deviation / torch.where(usable, norm, 1.0))
+        found = rotated(vectors, self.rotation)
+        targets = found.y * (self._per_deviation / found.norm)
         windows = self._tail_biting_path(targets.flatten(0, -2)).reshape(targets.shape)
-        if self.scale_rule == "norm":
-            scale = norm
-        else:
-            chosen = self._values[windows]
-            scale = (rotated * chosen).sum(-1, keepdim=True) / chosen.square().sum(-1, keepdim=True)
-        # in float64 because float32 overflows for vectors near its largest number
-        scale = (scale.double() * largest.double()).clamp(max=BFLOAT16_MAX).float().to(torch.bfloat16)
-        scale = torch.where(usable, scale, torch.zeros_like(scale))
-        scale = torch.where(finite, scale, torch.full_like(scale, torch.nan))
-        codes = torch.where(usable, windows & ((1 << self.bits) - 1), 0)
-        return pack(codes, self.bits), scale.squeeze(-1)
+        codes = torch.where(found.usable, windows & ((1 << self.bits) - 1), 0)
+        return pack(codes, self.bits), scales_of(found, self._values[windows], self.scale_rule)
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """See `TorchForm.decode`."""
-        # scale last, in float64 where the product could pass the range of float32
-        vectors = (self.lookup(codes) @ self.rotation).double() * scales.double().unsqueeze(-1)
-        limit = torch.finfo(dtype).max
-        return vectors.clamp(-limit, limit).to(dtype)
+        return unrotated(self.lookup(codes), scales, self.rotation, dtype)
 
     def _windows(self, codes: Tensor) -> Tensor:
         windows = codes.clone()
