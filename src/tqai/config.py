@@ -64,7 +64,7 @@ class CacheConfig:
             exact window), "full" decompresses everything at every step (for debugging),
             "incremental" keeps a decompressed copy beside the codes (fast, gives up the memory).
         codec: name of a registered codec; "scalar" is the Lloyd-Max codec of TurboQuant, "trellis" and
-            "trellis256" (64 and 256 states) code 1 to 4 bits with 0.54 to 0.78 of its error and encode
+            "trellis256" (64 and 256 states) code 1 to 4 bits with 0.53 to 0.78 of its error and encode
             slowly.
         rotation: "haar", "hadamard" (one round, powers of two), "hadamard2" (two rounds) or "auto"
             (hadamard2 where head_dim is a power of two, haar elsewhere), "identity" for none.

@@ -165,6 +165,24 @@ def test_sliding_window_remembers_for_a_crop(random_tokens):
     assert ((step.materialize().keys - seen).norm(dim=-1) / seen.norm(dim=-1)).max() < 0.02
 
 
+def test_more_tokens_than_were_seen_are_not_taken_back(filled_layer):
+    """And nobody is told of a sliding window that the layer has not got."""
+    layer = filled_layer(150)
+    for count in (151, -1):
+        with pytest.raises(InputError) as raised:
+            layer.crop(count)
+        assert str(raised.value) == f"cannot take {count} tokens back: layer 0 has seen 150"
+    assert layer.length == layer.held_tokens == 150
+
+
+@pytest.mark.parametrize(("device", "said"), [("nowhere", "no device of torch"), ("meta", "on 'cpu'")])
+def test_a_device_that_is_another_or_none_is_named(random_tokens, device, said):
+    layer = CompressedLayer(CacheConfig(device=device))
+    with pytest.raises(ConfigError, match=f"device='{device}'.*{said}"):
+        layer.append(*random_tokens(0, 1, 1, 3, 32))
+    assert layer.pool is None and layer.length == 0
+
+
 def test_reordered_beams_share_pages(filled_layer):
     layer = filled_layer(640, batch=2)
     assert layer.pool.used == 20

@@ -156,7 +156,7 @@ class CompressedLayer(LayerReading):
             UnsupportedError: no backend serves them.
         """
         wanted = self.config.device
-        if wanted is not None and torch.device(wanted).type != keys.device.type:
+        if wanted is not None and _device_type(wanted) != keys.device.type:
             raise ConfigError(f"device={wanted!r}: the model computes its keys on {str(keys.device)!r}")
         page_format = page_format_for(self.config, keys.shape[3], values.shape[3])
         dtype = str(keys.dtype).removeprefix("torch.")
@@ -214,7 +214,9 @@ class CompressedLayer(LayerReading):
                 raise InputError(f"cannot take {count} tokens back from an empty layer {self.layer}")
             return
         dropped = self.length - self.held_tokens
-        if not 0 <= count <= self.length or self._out_of_sight(self.length - count) < dropped:
+        if not 0 <= count <= self.length:
+            raise InputError(f"cannot take {count} tokens back: layer {self.layer} has seen {self.length}")
+        if self._out_of_sight(self.length - count) < dropped:
             raise InputError(
                 f"cannot take {count} tokens back: layer {self.layer} has seen {self.length} and its "
                 f"sliding window has dropped {dropped}; call activate_past_recording() before such steps"
@@ -357,3 +359,12 @@ class CompressedLayer(LayerReading):
         unseen = self._out_of_sight(self.length) - (self.length - self.held_tokens)
         self.pool.keep(min(unseen // PAGE_TOKENS, self.pool.pages), self.pool.pages)
         self._decoded = None
+
+
+def _device_type(name: str) -> str:
+    try:
+        return torch.device(name).type
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device={name!r} is no device of torch: allowed are such as 'cpu' and 'cuda:0'"
+        ) from error

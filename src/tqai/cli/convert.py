@@ -28,7 +28,9 @@ __all__ = ["convert"]
 
 
 def convert(
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write, new or empty.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder to write: new, empty, or of an earlier conversion.")
+    ],
     model: ModelOption = None,
     config: ConfigOption = None,
     bits_k: BitsK = None,
