@@ -255,3 +255,37 @@ def test_memory_counts_what_balance_holds(scale):
     made.see_query(queries(400, scale=scale))
     assert (made.offsets is not None) == (scale is SCALE)
     assert made.memory().total_bytes == held_bytes(made)
+
+
+def test_a_coordinate_that_nobody_uses_gets_no_boundless_factor():
+    """Energies count for a thousandth of their mean at least, and factors are within 1/32 to 32."""
+    keys, energy = tokens(300, scale=torch.ones(DIM)).keys, torch.ones(2, HEADS, DIM)
+    keys[..., 4:] *= 0.1
+    keys[..., 3] = 0
+    energy[..., :3] = 0.01
+    by = factors(keys, energy)
+    # |q| / |k| is 1 / 0.1 of the usual coordinate, and 1 / sqrt(floor of |k|^2) of this one
+    usual = by[..., 10:].mean(-1)
+    floor = 1e-3 * keys.square().mean((2, 3))
+    wanted = (keys[..., 10:].square().mean((2, 3)) / floor) ** 0.25
+    assert (by[..., 3] / usual - wanted.unsqueeze(-1)).abs().max() < 0.3
+    energy[:] = 0
+    energy[..., 3] = 1
+    by = factors(tokens(300, scale=(torch.arange(DIM) != 3).float()).keys, energy)
+    assert (by[..., 3] == 32).all()
+
+
+def test_keys_that_a_factor_could_carry_out_of_range_stay():
+    keys, energy = tokens(300, dtype=torch.float16).keys, query_energy(queries(300), HEADS)
+    keys[:, 0, 5, 0] = 2000  # 32 times that is beyond float16
+    by = factors(keys, energy)
+    assert (by[:, 0] == 1).all() and (by[:, 1] != 1).any()
+
+
+def test_the_query_of_a_prompt_without_a_page_is_not_taken():
+    """With the sinks still to come, 66 tokens fill no page."""
+    made = layer(sink_tokens=4)
+    shown(made, 66)
+    assert not made.waits and made.wants_query and not made.pool.pages
+    shown(made, 3, seed=2)
+    assert made.pool.pages == 1 and not made.wants_query

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tqai.backends.base import ExactTokens
 from tqai.cache.layer import CompressedLayer
 from tqai.config import CacheConfig
 from tqai.errors import ConfigError, InputError, NonFiniteError
@@ -276,3 +277,32 @@ def test_huge_finite_tokens_are_no_error():
         held = layer.view().materialize()
         assert torch.isfinite(held.keys).all()
         assert ((held.keys.double() - huge).abs() / huge).max() < 0.5
+
+
+def test_incremental_copies_forget_what_is_taken_back(make_oracle, random_tokens):
+    config = CacheConfig(bits_k=8, bits_v=4, cache_strategy="incremental")
+    layer, oracle = CompressedLayer(config), make_oracle(config, 16)
+    keys, values = random_tokens(0, 1, 1, 600, 16)
+    for start, stop, taken_back in (
+        (0, 200, 0),
+        (200, 205, 100),
+        (300, 301, 0),
+        (301, 500, 40),
+        (500, 501, 0),
+    ):
+        new = ExactTokens(keys[:, :, start:stop], values[:, :, start:stop])
+        held = layer.materialize(layer.append(*new))
+        if oracle.keys is not None:
+            for found, wanted in zip(held, (oracle.keys, oracle.values), strict=True):
+                assert found.shape[2] == wanted.shape[2] + stop - start
+                error = (found[:, :, : wanted.shape[2]] - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+                assert (error < DECODE_ERROR).all()
+        oracle.append(*new)
+        layer.crop(taken_back)
+        oracle.crop(taken_back)
+
+
+def test_pages_that_are_out_of_sight_at_once_are_not_made(random_tokens):
+    layer = CompressedLayer(CacheConfig(), 0, 100)
+    layer.append(*random_tokens(0, 1, 1, 2000, 32))
+    assert layer.pool.capacity <= 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tests.cache.biased_tokens import DIM, biased, mean_of
 
-from tqai.backends.base import ExactTokens
-from tqai.cache.offsets import LEAST_TOKENS, MOST_TOKENS, estimate
+from tqai.backends.base import Attended, ExactTokens
+from tqai.cache.offsets import LEAST_TOKENS, MOST_TOKENS, Offsets, estimate
 
 
 def test_the_mean_is_found():
@@ -108,3 +108,34 @@ def test_numbers_near_the_end_of_the_range_have_none():
     found = estimate(ExactTokens(keys, values), "on")
     assert found.keys is None
     assert found.values is not None
+
+
+def test_of_long_prefills_at_most_1024_tokens_are_looked_at():
+    keys, values = biased(1, 1, 1, 3 * MOST_TOKENS - 1, bias=0.0)
+    keys += 20
+    keys[:, :, 1::3] += 6
+    found = estimate(ExactTokens(keys, values), "on").keys
+    assert (found - 20).abs().max() < 0.2
+
+
+def test_tokens_of_three_times_the_usual_norm_do_not_count():
+    keys, values = biased(1, 1, 1, 200, bias=0.0)
+    keys += 5
+    keys[:, :, ::5] = 15
+    found = estimate(ExactTokens(keys, values), "on").keys
+    assert (found - 5).abs().max() < 0.5
+
+
+def test_tokens_with_nan_are_no_tokens_of_zeros():
+    keys, values = (part + 0.0 for part in biased(1, 1, 2, 256))
+    keys[:, :, ::2, 0] = torch.nan
+    found = estimate(ExactTokens(keys, values), "on").keys
+    assert (found - mean_of(keys[:, :, 1::2])).abs().max() < 0.2
+
+
+def test_what_float16_cannot_hold_is_its_largest_number():
+    """A value offset is added to the output; the sum of two numbers may be beyond the dtype's range."""
+    offsets = Offsets(None, torch.full((1, 1, 1, 4), -6e4).half())
+    attended = Attended(torch.full((1, 2, 3, 4), -1e4).half(), torch.zeros(1, 2, 3))
+    found = offsets.corrected(attended, torch.zeros(1, 2, 3, 8).half(), 1.0, masked=False)
+    assert (found.out == torch.finfo(torch.float16).min).all()

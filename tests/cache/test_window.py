@@ -120,3 +120,11 @@ def test_moved_tokens_lie_in_new_buffers(fixed):
 def test_too_many_are_refused():
     with pytest.raises(ValueError, match="71 tokens do not fit a window of 70"):
         window(70).replace(*tokens(0, 71))
+
+
+def test_no_more_rows_than_it_may_hold():
+    held = window(70)
+    held.append(*tokens(0, 66))
+    assert held.append(*tokens(66, 1)) and held.rows == 70
+    assert held.append(*tokens(67, 3)) and not held.append(*tokens(70, 1))
+    assert held.rows == 70
