@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tqai.backends.base import ExactTokens
-from tqai.cache.bit_plan import WIDTHS, LayerShape, SideErrors, all_in_bits, allocate
+from tqai.cache.bit_plan import WIDTHS, LayerShape, SideErrors, _knapsack, all_in_bits, allocate
 from tqai.cache.calibration import Calibration
 from tqai.cache.first_prefill import BitPlan, expected_errors
 from tqai.cache.layer import CompressedLayer
@@ -330,3 +331,22 @@ def test_other_files_are_refused(tmp_path, change, message):
         Calibration.load(tmp_path / "c.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         Calibration.load(tmp_path / "missing.json")
+
+
+def test_an_offset_is_a_vector_of_each_head_and_sinks_are_none_of_a_sliding_layer():
+    def bits(shape, **changes):
+        return all_in_bits(CacheConfig(budget_tokens=1024, **changes), [shape], [(3, 3)])
+
+    vectors_bytes = SHAPE.kv_heads * (SHAPE.key_dim + SHAPE.value_dim) * SHAPE.value_bytes
+    values = 1024 * SHAPE.kv_heads * (SHAPE.key_dim + SHAPE.value_dim)
+    assert bits(SHAPE, offsets="on") - bits(SHAPE) == pytest.approx(8 * vectors_bytes / values)
+    sliding = replace(SHAPE, sliding_window=256)
+    assert bits(sliding, sink_tokens=64) == bits(sliding)
+    assert bits(SHAPE, sink_tokens=64) > bits(SHAPE)
+
+
+def test_rounding_of_large_costs_does_not_break_the_budget():
+    """Counted in units of 1,000, 40 items of 409,999 would be 16,360 of 16,384."""
+    rows = [[0, 409_999, 410_000]] * 40
+    chosen = _knapsack(rows, [[3.0, 2.0, 2.0]] * 40, 16_384_000)
+    assert chosen.count(0) == 1

@@ -155,3 +155,9 @@ def test_command(capsys):
     assert main(["plan", "--memory", "lots"]) == 2
     assert "allowed are sizes" in capsys.readouterr().err
     assert main(["plan", "-m", "/no/such/folder"]) == 2
+
+
+def test_without_torch_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr("tqai.cli.plan.find_spec", lambda name: None)
+    assert main(["plan"]) == 1
+    assert capsys.readouterr().err.endswith("needs torch and transformers: pip install 'tqai[torch]'\n")

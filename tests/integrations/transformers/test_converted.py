@@ -274,3 +274,10 @@ def test_calibration_and_offsets_lie_beside_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bits_budget"):
         tqai.convert(loaded, tmp_path / "other", calibration=measured)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_stays_in_its_mode(training: bool) -> None:
+    model = build("llama").train(training)
+    fold_value_rotation(model, "auto", 0)
+    assert all(part.training is training for part in model.modules())

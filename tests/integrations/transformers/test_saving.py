@@ -75,6 +75,31 @@ def test_another_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     assert TurboQuantCache.load(tmp_path / "cache", half).get_seq_length() == 200
 
 
+@pytest.mark.parametrize("at", [0, -1])
+def test_other_weights_at_either_end_are_another_model(tiny: Tiny, tmp_path: Path, at: int) -> None:
+    """A fine-tuned head, say, under the same config."""
+    model = tiny("llama")
+    filled(model).save(tmp_path / "cache")
+    other = copy.deepcopy(model)
+    list(other.parameters())[at].data += 0.1
+    with pytest.raises(ModelMismatchError, match="its weights differs"):
+        TurboQuantCache.load(tmp_path / "cache", other)
+
+
+def test_a_file_is_of_no_backend_and_stays_that_of_its_model(tiny: Tiny, tmp_path: Path) -> None:
+    """Also when it went through a process that had no model."""
+    model = tiny("llama")
+    filled(model, backend="torch", device="cpu").save(tmp_path / "first")
+    between = TurboQuantCache.load(tmp_path / "first")
+    assert between.settings.backend is None and between.settings.device is None
+    between.save(tmp_path / "second")
+    assert TurboQuantCache.load(tmp_path / "second", model).get_seq_length() == 200
+    other = copy.deepcopy(model)
+    next(iter(other.parameters())).data += 0.1
+    with pytest.raises(ModelMismatchError, match="its weights differs"):
+        TurboQuantCache.load(tmp_path / "second", other)
+
+
 def test_an_altered_file_gives_no_cache(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama")
     path = tmp_path / "cache"
