@@ -126,6 +126,25 @@ static void multiply(int (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigne
     }
 }
 
+// m16n8k16 of bfloat16 or, with WIDE 0, m16n8k8 of tf32, whose 13 lowest bits are not read; a sum is rounded once.
+template <bool WIDE>
+static void multiply_floats(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    const int l = own_lane(), g = l / 4, c = l % 4;
+    const Given* all = meet({{a0, a1, a2, a3, b0, b1}});
+    const unsigned top = WIDE ? 0xffff0000u : 0xffffe000u;
+    for (int k = 0; k < 4; ++k) {
+        const int row = k / 2, column = 2 * c + k % 2;
+        double sum = d[k];
+        for (int q = 0; q < 4; ++q)
+            for (int part = 0; part < 2; ++part) {
+                const unsigned a = all[4 * g + q].word[row + 2 * part], b = all[4 * column + q].word[4 + part];
+                sum += (double)__uint_as_float(a & top) * __uint_as_float(b & top);
+                if (WIDE) sum += (double)__uint_as_float(a << 16) * __uint_as_float(b << 16);
+            }
+        d[k] = (float)sum;
+    }
+}
+
 // ---- transport.cuh. A barrier is count | waited for << 16 | phase << 32. A page arrives as late as it may, at
 // the moment it is waited for, or, with `hasty`, as soon as it is asked for.
 #define BULK 1

@@ -41,10 +41,9 @@ TRELLIS_BODIES = {
     "mma_u8s8": "multiply<true, false, true>(d, a0, a1, a2, a3, b0, b1);",
     "mma_u8s8_half": "multiply<false, false, true>(d, a0, a1, 0, 0, b0, 0);",
     "mma_u8u8": "multiply<true, true, true>(d, a0, a1, a2, a3, b0, b1);",
-    "mma_tf32": "abort();",
-    "mma_bf16": "abort();",
+    "mma_tf32": "multiply_floats<false>(d, a0, a1, a2, a3, b0, b1);",
+    "mma_bf16": "multiply_floats<true>(d, a0, a1, a2, a3, b0, b1);",
 }
-"""Of trellis codes only what reads split tables: products of floats are not emulated."""
 STATEMENTS = {
     r'asm volatile\("mov\.s32 .*?"=r"\(hides\)\);': "hides = 0;",
     r'asm volatile\("st\.relaxed.*?;\n': "*(float2*)to = {sendable(v.x), sendable(v.y)}; ++moves;\n",

@@ -25,6 +25,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.launched: list[SimpleNamespace] = []
+        self.made: list[dict[str, int]] = []
         self.fitting = {6: 20, 2: 66}
         self.workspaces: list[tuple[int, int]] = []
 
@@ -32,6 +33,7 @@ class Recorder:
         def clusters(cluster, threads, shared):
             return self.fitting.get(cluster, 0)
 
+        self.made.append(macros)
         return SimpleNamespace(
             file=file, macros=macros, address=hash((file, *macros.items())), clusters=clusters
         )
@@ -108,6 +110,22 @@ def test_form_of_a_launch(recorder, batch, pages, file, grid, cluster, words):
     # partial results and counters, where the launch has them
     assert (changing[29] == PARTIAL) == (file == "attend_split.cu" and words > 0)
     assert (changing[30] == COUNTERS) == (file == "attend_line.cu")
+
+
+def test_tables_of_trellis_codes_are_for_single_blocks(recorder):
+    """No kernel for clusters is compiled that would not be launched, and none is launched by mistake."""
+    codec = make_codec(CodecSpec("trellis", 128, 3))
+    page_format = PageFormat(codec, codec)
+    query, addresses, recent = inputs(8, 512)
+    attend_pages(query, page_format, addresses, 512, 0.25, recent=recent)
+    (launched,) = recorder.launched
+    assert (launched.form.grid, launched.form.cluster) == ((2, 64), 1)
+    assert [macros["CLUSTER"] for macros in recorder.made] == [0]
+    with pytest.raises(BackendError, match="clusters of 2 blocks: tables of trellis codes"):
+        attend_pages(query, page_format, addresses, 512, 0.25, recent=recent, splits=2, cluster=True)
+    with pytest.raises(BackendError, match="clusters of 17 blocks: at most 16"):
+        attend_pages(query, FORMAT, addresses, 512, 0.25, recent=recent, splits=17, cluster=True)
+    assert len(recorder.launched) == 1
 
 
 def test_divisors_and_tables(recorder):

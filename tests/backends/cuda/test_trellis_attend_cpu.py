@@ -1,4 +1,4 @@
-"""Attention on trellis codes of 3 and 4 bits (`trellis_split.cuh`, `trellis_parts.cuh`), run on the CPU."""
+"""Attention on trellis codes in all forms of their tables (`trellis_lookup.cuh`), run on the CPU."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ def test_keys_and_values_in_two_candidates(gpu, dim):  # noqa: F811
     ],
 )
 def test_codes_of_4_bits_in_parts_on_either_side(gpu, bits, dim, codec):  # noqa: F811
+    case = make_case(bits=bits, dim=dim, codec=codec, pages=2, recent=5, sinks=0, group=3, new_tokens=1)
+    check(case, bound=BOUND, splits=1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "dim", "codec"),
+    [
+        ((2, 2), 80, "trellis"),  # pairs of bfloat16
+        ((1, 2), 64, "trellis"),
+        ((3, 2), 64, "trellis"),
+        ((3, 3), 64, "trellis256"),  # float32
+    ],
+)
+def test_levels_as_floats(gpu, bits, dim, codec):  # noqa: F811
     case = make_case(bits=bits, dim=dim, codec=codec, pages=2, recent=5, sinks=0, group=3, new_tokens=1)
     check(case, bound=BOUND, splits=1)
 

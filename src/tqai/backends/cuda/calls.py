@@ -162,10 +162,14 @@ class Prepared:
         threads, words = shape.warps * 32, 0
         part = COLUMNS * (self.value_dim + 2)
         if splits is not None:
-            clustered = self.kernel("attend_split.cu", shared, shape, CLUSTER=1, **macros)
-            fits = splits == 1 or self._fit(clustered, splits, segments, threads, shared)
-            cluster = fits if cluster is None else cluster
-            function = clustered
+            if splits > 1 and self._refuses_clusters(splits):
+                if cluster:
+                    raise BackendError(f"clusters of {splits} blocks: {self._refuses_clusters(splits)}")
+                cluster = False
+            if cluster is not False:
+                function = self.kernel("attend_split.cu", shared, shape, CLUSTER=1, **macros)
+                fits = splits == 1 or self._fit(function, splits, segments, threads, shared)
+                cluster = fits if cluster is None else cluster
             if not cluster:
                 function = self.kernel("attend_split.cu", shared, shape, CLUSTER=0, **macros)
                 words = splits * segments * part
@@ -190,10 +194,18 @@ class Prepared:
         lse = torch.empty(1, dtype=torch.float32, device=self.device).expand(shape_of_lse)
         return Call(launch, bytes(sizes), words, splits is not None, segments, out, lse)
 
+    def _refuses_clusters(self, splits: int) -> str | None:
+        """Why blocks of a segment never form a cluster, or None."""
+        if not self.has_clusters:
+            return "the device has none"
+        if splits > MAX_CLUSTER:
+            return f"at most {MAX_CLUSTER}"
+        if self.table_bytes:  # see `copy_address` in trellis_lookup.cuh
+            return "tables of trellis codes are for single blocks"
+        return None
+
     def _fit(self, function: Kernel, splits: int, segments: int, threads: int, shared: int) -> bool:
         """Whether clusters of `splits` blocks, one for each segment, run all at a time."""
-        if not self.has_clusters or splits > MAX_CLUSTER or self.table_bytes:
-            return False  # with tables of trellis codes: see `copy_address` in trellis_lookup.cuh
         key = (function.address, splits, threads, shared)
         found = self._clusters.get(key)
         if found is None:
