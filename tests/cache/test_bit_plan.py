@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tqai.backends.base import ExactTokens
 from tqai.cache.bit_plan import WIDTHS, LayerShape, SideErrors, _knapsack, all_in_bits, allocate
 from tqai.cache.calibration import Calibration
-from tqai.cache.first_prefill import BitPlan, expected_errors
+from tqai.cache.first_prefill import BitPlan, _sampled, expected_errors
 from tqai.cache.layer import CompressedLayer
 from tqai.cache.memory import MemoryReport
 from tqai.cache.page_format import page_format_for
@@ -350,3 +350,11 @@ def test_rounding_of_large_costs_does_not_break_the_budget():
     rows = [[0, 409_999, 410_000]] * 40
     chosen = _knapsack(rows, [[3.0, 2.0, 2.0]] * 40, 16_384_000)
     assert chosen.count(0) == 1
+
+
+@pytest.mark.parametrize("count", [1023, 1024, 1025, 3000])
+def test_the_sample_is_the_first_page_and_the_newest_tokens(count):
+    tokens = ExactTokens(*(torch.arange(float(count)).view(1, 1, -1, 1) for _ in "kv"))
+    wanted = [*range(64), *range(count - 960, count)] if count > 1024 else list(range(count))
+    for part in _sampled(tokens):
+        assert part.flatten().tolist() == wanted

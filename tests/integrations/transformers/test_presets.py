@@ -12,6 +12,7 @@ from tiny_models import build, prompt
 
 import tqai
 import tqai.config
+from tqai import backends
 from tqai.config import CacheConfig
 from tqai.errors import ConfigError
 
@@ -94,3 +95,15 @@ def test_the_default(monkeypatch: Any, tiny: Tiny, name: str) -> None:
         assert tqai.TurboQuantCache(model, **plain).settings == CacheConfig(**plain)
     assert tqai.patch(model, bits=3).settings == CacheConfig(3, 3)
     assert tqai.patch(model, config=CacheConfig()).settings == CacheConfig()
+
+
+def test_a_numbered_device_is_one_of_its_kind(monkeypatch: Any, tiny: Tiny) -> None:
+    """The native encoder, which is fast enough for the default, serves "cpu:0" as it does "cpu"."""
+    both = {"native": "tqai.backends.native.backend:NativeBackend", **backends.BACKENDS}
+    monkeypatch.setattr(backends, "BACKENDS", both)
+    model = tiny("llama")
+    plain = tqai.TurboQuantCache(model, device="cpu")
+    if plain.settings.codec == "scalar":
+        pytest.skip("native kernels are off here")
+    numbered = tqai.TurboQuantCache(model, device="cpu:0").settings
+    assert numbered == plain.settings.with_changes(device="cpu:0")
