@@ -194,7 +194,10 @@ int32_t tqai_attend(const tqai_attend_args *a) {
     const size_t queries = (size_t)pairs * (size_t)j.rows, rows = queries * (size_t)j.parts;
     const size_t acc = rows * (size_t)a->format->value.head_dim * sizeof(float);
     const size_t q = queries * (size_t)a->format->key.head_dim * sizeof(int16_t);
-    char *memory = malloc(acc + q + rows * sizeof(row_state) + 2 * queries * sizeof(float) + 2 * (size_t)pairs * sizeof(atomic_int));
+    const tqai_codec *key = &a->format->key;
+    const int as_bytes = j.kernels->split_queries && key->kind == TQAI_SCALAR && j.kernels->of_bytes(key);
+    const size_t bytes = as_bytes ? (size_t)pairs * (size_t)tqai_row_blocks(j.rows) * sizeof(tqai_query_bytes) : 0;
+    char *memory = malloc(acc + q + rows * sizeof(row_state) + 2 * queries * sizeof(float) + 2 * (size_t)pairs * sizeof(atomic_int) + bytes);
     if (!memory) return TQAI_NO_MEMORY;
     j.acc = (float *)memory;
     j.q = (int16_t *)(memory + acc);
@@ -203,6 +206,7 @@ int32_t tqai_attend(const tqai_attend_args *a) {
     j.length = j.factor + queries;
     j.rotated = (atomic_int *)(j.length + queries);
     j.finished = j.rotated + pairs;
+    j.query_bytes = as_bytes ? (tqai_query_bytes *)(j.finished + pairs) : NULL;
     for (int i = 0; i < 2 * pairs; i++) atomic_init(&j.rotated[i], 0);
     tqai_spread(threads, j.history_parts * j.head_groups * a->batch, pairs, run_task, &j);
     free(memory);

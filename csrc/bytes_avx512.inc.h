@@ -24,8 +24,6 @@
  * values half of them, as their sums go on over eight pages.
  */
 
-#define BYTE_ROWS(rows) ((rows) + ((rows) + 1) / 2)
-
 /* 16 factors of two rows, in eighths, to bytes; sign 1: v = 16 h + l, else v = 16 h - l. */
 INLINE void split_two(__m256i v0, __m256i v1, int is_signed, int8_t *h0, int8_t *h1, int8_t *l) {
     const __m256i fifteen = _mm256_set1_epi16(15), eight = _mm256_set1_epi16(8), zero = _mm256_setzero_si256();
@@ -117,9 +115,12 @@ INLINE void split_keys(const int16_t *q, int dim, int rows, int8_t *bytes, int32
 }
 
 /* 16 dots of a row from the sums of its high parts and of the low parts that it shares; less than a unit is lost. */
+INLINE __m512i dots_of(__m512i high, __m512i low, int second) {
+    return _mm512_add_epi32(_mm512_slli_epi32(high, 4), second ? _mm512_srai_epi32(low, 4) : low);
+}
+
 INLINE void store_dots(__m512i high, __m512i low, int second, int32_t *to) {
-    const __m512i rest = second ? _mm512_srai_epi32(low, 4) : low;
-    _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_slli_epi32(high, 4), rest));
+    _mm512_storeu_si512(to, dots_of(high, low, second));
 }
 
 /* 16 dims of a row's sums, likewise. */
@@ -132,13 +133,12 @@ typedef int32_t __attribute__((may_alias, aligned(1))) four_bytes;
 
 /* The products are written as instructions, as the compiler would move them about until 32 registers are too few. */
 INLINE void key_bytes(const tqai_codec *codec, int bits, const uint8_t *const *codes, const uint8_t *const *next, int pages,
-                      const int16_t *q, int rows, int32_t *dots) {
+                      const tqai_query_bytes *query, int rows, const float *scale, float *logit, float *largest) {
     const int dim = codec->head_dim, high = (int)tqai_high_plane_at(dim);
     const __m512i table = byte_table(codec, bits, 128);
-    int8_t bytes[BYTE_ROWS(MAX_ROWS) * TQAI_MAX_HEAD_DIM];
-    int32_t bias[BYTE_ROWS(MAX_ROWS)];
-    split_keys(q, dim, rows, bytes, bias);
-    for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
+    const int8_t *bytes = query->bytes;
+    const int32_t *bias = query->bias;
+    for (int page = 0; page < pages; page++, logit += TQAI_PAGE_TOKENS, scale += TQAI_PAGE_TOKENS) {
         __m512i sum[BYTE_ROWS(MAX_ROWS)][4];
         __asm__ volatile("" : : "r"(bias) : "memory"); /* loaded for every page: there are no registers left to keep it */
 #pragma GCC unroll 6
@@ -158,9 +158,17 @@ INLINE void key_bytes(const tqai_codec *codec, int bits, const uint8_t *const *c
                 }
             }
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++) {
+            __m512 most = _mm512_loadu_ps(largest + LARGEST_LANES * r);
 #pragma GCC unroll 4
-            for (int g = 0; g < 4; g++) store_dots(sum[r][g], sum[rows + r / 2][g], r % 2, dots + r * BLOCK_TOKENS + 16 * g);
+            for (int g = 0; g < 4; g++) {
+                const __m512 dots = _mm512_cvtepi32_ps(dots_of(sum[r][g], sum[rows + r / 2][g], r % 2));
+                const __m512 x = _mm512_mul_ps(dots, _mm512_loadu_ps(scale + 16 * g));
+                most = v_max(most, x);
+                _mm512_storeu_ps(logit + r * BLOCK_TOKENS + 16 * g, x);
+            }
+            _mm512_storeu_ps(largest + LARGEST_LANES * r, most);
+        }
     }
 }
 
@@ -202,10 +210,8 @@ INLINE void value_byte_chunk(const tqai_codec *codec, int bits, __m512i table, c
 }
 
 INLINE void value_bytes(const tqai_codec *codec, int bits, const uint8_t *const *codes, const uint8_t *const *next,
-                        int pages, const int16_t *w, const float *step, int rows, float *acc) {
+                        int pages, const int8_t *bytes, const float *step, int rows, float *acc) {
     const __m512i table = byte_table(codec, bits, 0);
-    int8_t bytes[BYTE_ROWS(MAX_ROWS) * BLOCK_TOKENS];
-    split_rows(w, BLOCK_TOKENS, TQAI_PAGE_TOKENS * pages, rows, 0, bytes, BLOCK_TOKENS);
     for (int chunk = 0; chunk < (codec->head_dim + 63) / 64; chunk++) {
         const int groups = tqai_chunk_groups(codec->head_dim, 64 * chunk);
         if (groups == 4) value_byte_chunk(codec, bits, table, codes, next, pages, bytes, step, rows, chunk, 4, acc);
@@ -216,14 +222,14 @@ INLINE void value_bytes(const tqai_codec *codec, int bits, const uint8_t *const 
 
 #define SPECIAL_BYTES(bits, rows)                                                                                    \
     static __attribute__((noinline)) void keys_bytes_##bits##_##rows(                                                \
-        const tqai_codec *c, const uint8_t *const *p, const uint8_t *const *next, int pages, const int16_t *q,       \
-        int32_t *dots) {                                                                                             \
-        key_bytes(c, bits, p, next, pages, q, rows, dots);                                                           \
+        const tqai_codec *c, const uint8_t *const *p, const uint8_t *const *next, int pages,                         \
+        const tqai_query_bytes *q, const float *scale, float *logit, float *largest) {                               \
+        key_bytes(c, bits, p, next, pages, q, rows, scale, logit, largest);                                          \
     }                                                                                                                \
     static __attribute__((noinline)) void values_bytes_##bits##_##rows(                                              \
-        const tqai_codec *c, const uint8_t *const *p, const uint8_t *const *next, int pages, const int16_t *w,       \
+        const tqai_codec *c, const uint8_t *const *p, const uint8_t *const *next, int pages, const int8_t *bytes,    \
         const float *step, float *acc) {                                                                             \
-        value_bytes(c, bits, p, next, pages, w, step, rows, acc);                                                    \
+        value_bytes(c, bits, p, next, pages, bytes, step, rows, acc);                                                \
     }
 #define ALL_ROWS_OF_BYTES(bits) SPECIAL_BYTES(bits, 1) SPECIAL_BYTES(bits, 2) SPECIAL_BYTES(bits, 4)
 ALL_ROWS_OF_BYTES(2) ALL_ROWS_OF_BYTES(3) ALL_ROWS_OF_BYTES(4)

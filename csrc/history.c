@@ -8,6 +8,8 @@
  *
  * so that what comes from memory comes as one stream, which is twice as fast as by heads.
  */
+#include <math.h>
+
 #include "job.h"
 
 typedef struct {
@@ -45,10 +47,8 @@ static void head_block(const job *j, const place *at, const uint8_t *const *page
                        int first, int64_t column) {
     const tqai_attend_args *a = j->args;
     const tqai_page_format *f = a->format;
-    _Alignas(64) int32_t dots[MAX_ROWS * BLOCK_TOKENS];
-    _Alignas(64) int16_t w[MAX_ROWS * BLOCK_TOKENS];
+    _Alignas(64) float logit[MAX_ROWS * BLOCK_TOKENS];
     _Alignas(64) float key_scale[BLOCK_TOKENS], value_scale[BLOCK_TOKENS];
-    float step[MAX_ROWS];
     const uint8_t *values[BLOCK_PAGES], *next_values[BLOCK_PAGES];
     for (int p = 0; p < pages; p++) {
         values[p] = page[p] + f->value_codes_at;
@@ -58,26 +58,30 @@ static void head_block(const job *j, const place *at, const uint8_t *const *page
     }
     /* few scales are prefetched at a time: for more lines than a core can keep track of it would wait */
     const int step_pages = 4;
-    const float largest_scale = j->kernels->largest(key_scale, TQAI_PAGE_TOKENS * pages);
+    uint32_t key_least, key_most;
+    j->kernels->range(key_scale, TQAI_PAGE_TOKENS * pages, &key_least, &key_most);
+    const float largest_scale = key_most <= 0x7F800000u ? bits_to_float(key_most) : j->kernels->largest(key_scale, TQAI_PAGE_TOKENS * pages);
     for (int r = 0, rows; r < j->rows; r += rows) {
         rows = tqai_block_rows(j->rows - r);
         const size_t query = (size_t)at->pair * (size_t)j->rows + (size_t)r, row = at->first_row + (size_t)r;
         const int16_t *q = j->q + query * (size_t)f->key.head_dim;
         const int fine = needs_fine(j, query, rows, largest_scale);
         float factor[MAX_ROWS];
+        const tqai_query_bytes *bytes = j->query_bytes ? tqai_bytes_of_row(j, at->pair, r) : NULL;
+        float largest[MAX_ROWS * LARGEST_LANES];
+        for (int i = 0; i < rows * LARGEST_LANES; i++) largest[i] = -INFINITY;
         for (int i = 0; i < rows; i++) factor[i] = j->factor[query + (size_t)i] * (fine ? 1.0f / FACTOR_PARTS : 1.0f);
         for (int p = 0; p < pages; p += step_pages) {
             const int count = pages - p < step_pages ? pages - p : step_pages;
-            j->kernels->key_dots(&f->key, page + p, next + p, count, q, rows, fine, dots + TQAI_PAGE_TOKENS * p);
+            j->kernels->key_logits(&f->key, page + p, next + p, count, q, bytes, rows, fine, key_scale + TQAI_PAGE_TOKENS * p,
+                                   logit + TQAI_PAGE_TOKENS * p, largest);
             for (int i = p; i < p + count && r == 0; i++) prefetch_scales(f, next[i]);
         }
         block_mask mask = {.stride = a->mask_strides[3], .first = first};
         for (int i = 0; i < rows; i++) mask.row[i] = tqai_mask_at(j, at, r + i, column);
         float *acc = j->acc + row * (size_t)f->value.head_dim;
-        j->kernels->softmax_block(dots, factor, key_scale, value_scale, &f->value,
-                                  a->mask || first ? &mask : NULL, a->softcap, TQAI_PAGE_TOKENS * pages, rows,
-                                  j->state + row, acc, w, step);
-        j->kernels->value_sums(&f->value, values, next_values, pages, w, step, rows, acc);
+        j->kernels->values_block(logit, largest, key_most, factor, value_scale, &f->value, values, next_values, pages,
+                                 a->mask || first ? &mask : NULL, a->softcap, rows, j->state + row, acc);
     }
 }
 

@@ -14,6 +14,7 @@
 /* Byte factors of queries are for logits whose standard deviation is at most this: rounding them moves a logit by
  * 4e-4 of it. */
 #define DEVIATION_OF_BYTES 3.0f
+#define LARGEST_LANES 16 /* for the largest logits of a row, whatever the length of vectors */
 #define MAX_ROWS 4 /* query rows that one kernel call takes: 1, 2 or 4 */
 /* Values are summed as value * 2^-24, so that a sum over 2^24 of the largest floats stays finite. */
 #define VALUE_DOWN 5.9604644775390625e-08f
@@ -50,27 +51,41 @@ typedef struct {
                         int dtype, void *out);
 } tqai_codec_steps;
 
+/* Up to MAX_ROWS query rows as bytes (bytes_avx512.inc.h). */
+#define BYTE_ROWS(rows) ((rows) + ((rows) + 1) / 2)
+typedef struct {
+    int8_t bytes[BYTE_ROWS(MAX_ROWS) * TQAI_MAX_HEAD_DIM];
+    int32_t bias[BYTE_ROWS(MAX_ROWS)]; /* what 128 times the sum of each row of bytes is, negative */
+} tqai_query_bytes;
+
 typedef struct {
     const char *name;
     /* Whether factors of that codec's levels are bytes (bytes_avx512.inc.h) and not 16-bit numbers: queries are then
      * whole numbers within +-KEY_FACTOR_OF_BYTES, weights within +-WEIGHT_OF_BYTES, dots in units of FACTOR_PARTS. */
     int (*of_bytes)(const tqai_codec *codec);
-    /* dots[r * BLOCK_TOKENS + 64 page + t] = sum over d of q[r * head_dim + d] * level(key t, dim d); of byte factors in
-     * units of FACTOR_PARTS, unless `fine`: then factors of 16 bits are to be used even so.
+    /* Queries of a codec of bytes as key_logits wants them; null where it wants none. */
+    void (*split_queries)(const tqai_codec *codec, const int16_t *q, int rows, tqai_query_bytes *to);
+    /* logit[r * BLOCK_TOKENS + 64 page + t] = key_scale[64 page + t] * sum over d of q[r * head_dim + d] * level(key t, dim d);
+     * of byte factors in units of FACTOR_PARTS, unless `fine`: then factors of 16 bits are to be used even so.
+     * largest[r * LARGEST_LANES + i]: the largest of the logits in lane i that are numbers, and of what it was before.
      * `next` (any addresses): codes to come are prefetched from there, byte for byte as codes are read. */
-    void (*key_dots)(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
-                     const int16_t *q, int rows, int fine, int32_t *dots);
+    void (*key_logits)(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
+                       const int16_t *q, const tqai_query_bytes *bytes, int rows, int fine, const float *key_scale,
+                       float *logit, float *largest);
     /* Largest of those of n floats (a multiple of 16) that are numbers, -inf if none is. */
     float (*largest)(const float *x, int n);
     /* acc[r * head_dim + d] += step[r] * sum over pages, t of w[r * BLOCK_TOKENS + 64 page + t] * level, of byte factors in
      * units of FACTOR_PARTS; `next` as for key_dots */
     void (*value_sums)(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
                        const int16_t *w, const float *step, int rows, float *acc);
-    /* Logits, maximum, weights of one block of `tokens` (a multiple of 64). Turns dots into int16 weights
-     * w (value scale included) with step[r] (level_step included), updates state, multiplies acc by the change of maximum. */
-    void (*softmax_block)(const int32_t *dots, const float *factor, const float *key_scale,
-                          const float *value_scale, const tqai_codec *value, const block_mask *mask, float softcap,
-                          int tokens, int rows, row_state *state, float *acc, int16_t *w, float *step);
+    /* One block of values: weights are exp(logit * factor - maximum) times the value scale; updates state, multiplies acc by
+     * the change of maximum and adds the weighted values to it. Overwrites logit. `key_most`: the bits of the key scale
+     * that as an unsigned number are largest. */
+    void (*values_block)(float *logit, const float *largest, uint32_t key_most, const float *factor, const float *value_scale,
+                         const tqai_codec *value, const uint8_t *const *codes, const uint8_t *const *next, int pages,
+                         const block_mask *mask, float softcap, int rows, row_state *state, float *acc);
+    /* The least and the most of the bits of n floats (a multiple of 16), as unsigned numbers. */
+    void (*range)(const float *x, int n, uint32_t *least, uint32_t *most);
     /* Exact attention of `rows` query rows (float, scaled) over `tokens` (at most 64) keys and values. */
     void (*exact_block)(const float *q, int rows, int key_dim, int value_dim, const void *keys,
                         int64_t key_stride, int key_dtype, const void *values, int64_t value_stride,

@@ -22,6 +22,7 @@ typedef struct {
     float *acc;                     /* [pairs][parts][rows][value_dim] */
     row_state *state;               /* [pairs][parts][rows] */
     int16_t *q;                     /* [pairs][rows][key_dim], rotated */
+    tqai_query_bytes *query_bytes;  /* [pairs][tqai_row_blocks(rows)], or null where the kernels want none */
     float *factor;                  /* [pairs][rows]: what a dot product with q is to be multiplied by */
     float *length;                  /* [pairs][rows]: of the scaled query over sqrt(key_dim) */
     atomic_int *rotated;            /* [pairs]: 0 not yet, 1 somebody is at it, 2 q and factor are there */
@@ -70,5 +71,12 @@ static inline const char *tqai_element(const void *base, int dtype, int64_t elem
 
 /* How many of `left` rows the next kernel call takes. */
 static inline int tqai_block_rows(int left) { return left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+/* So many kernel calls take all rows, at most; row r, where one begins, belongs to call number r / 4 + r % 4 / 2. */
+static inline int tqai_row_blocks(int rows) { return rows / 4 + 2; }
+
+static inline tqai_query_bytes *tqai_bytes_of_row(const job *j, int pair, int row) {
+    return j->query_bytes + (size_t)pair * (size_t)tqai_row_blocks(j->rows) + row / 4 + row % 4 / 2;
+}
 
 #endif

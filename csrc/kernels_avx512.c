@@ -229,6 +229,7 @@ INLINE void value_sums_of(const tqai_codec *codec, int bits, const uint8_t *cons
 ALL_ROWS(2) ALL_ROWS(3) ALL_ROWS(4) ALL_ROWS(8) ALL_ROWS(16)
 
 #include "bytes_avx512.inc.h"
+#include "plain_avx512.inc.h"
 #include "trellis_avx512.inc.h"
 
 #define BY_ROWS(name, bits, ...)                       \
@@ -259,15 +260,16 @@ static void prefetch_side(const tqai_codec *codec, const uint8_t *codes) {
     for (int i = 0; i < 8 * codec->head_dim * codec->bits; i += LINE_BYTES) _mm_prefetch((const char *)codes + i, _MM_HINT_T1);
 }
 
+static void split_queries(const tqai_codec *codec, const int16_t *q, int rows, tqai_query_bytes *to) {
+    if (rows == 4) split_keys(q, codec->head_dim, 4, to->bytes, to->bias);
+    else if (rows == 2) split_keys(q, codec->head_dim, 2, to->bytes, to->bias);
+    else split_keys(q, codec->head_dim, 1, to->bytes, to->bias);
+}
+
 static void key_dots(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
-                     const int16_t *q, int rows, int fine, int32_t *dots) {
-    if (of_bytes(codec) && !(fine && codec->kind == TQAI_SCALAR)) {
-        if (codec->kind == TQAI_TRELLIS) BY_TRELLIS(keys, codec, codes, next, pages, q, dots);
-        else BY_BYTES(keys, codec, codes, next, pages, q, dots);
-        return;
-    }
+                     const int16_t *q, int rows, int32_t *dots) {
     if (codec->kind == TQAI_TRELLIS) {
-        tqai_kernels_avx2.key_dots(codec, codes, next, pages, q, rows, 0, dots);
+        BY_TRELLIS(keys, codec, codes, next, pages, q, dots);
         return;
     }
     for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
@@ -282,13 +284,32 @@ static void key_dots(const tqai_codec *codec, const uint8_t *const *codes, const
     }
 }
 
+static void key_logits(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
+                       const int16_t *q, const tqai_query_bytes *bytes, int rows, int fine, const float *key_scale,
+                       float *logit, float *largest) {
+    if (codec->kind == TQAI_SCALAR && of_bytes(codec) && !fine) {
+        BY_BYTES(keys, codec, codes, next, pages, bytes, key_scale, logit, largest);
+    } else if (codec->kind == TQAI_TRELLIS && !of_bytes(codec)) {
+        tqai_kernels_avx2.key_logits(codec, codes, next, pages, q, bytes, rows, 0, key_scale, logit, largest);
+    } else {
+        _Alignas(64) int32_t dots[MAX_ROWS * BLOCK_TOKENS];
+        key_dots(codec, codes, next, pages, q, rows, dots);
+        to_logits(dots, key_scale, TQAI_PAGE_TOKENS * pages, rows, logit, largest);
+    }
+}
+
 static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages,
                        const int16_t *w, const float *step, int rows, float *acc) {
     float finer[MAX_ROWS];
     if (of_bytes(codec)) {
         if (bytes_suffice(w, TQAI_PAGE_TOKENS * pages, rows)) {
-            if (codec->kind == TQAI_TRELLIS) BY_TRELLIS(values, codec, codes, next, pages, w, step, acc);
-            else BY_BYTES(values, codec, codes, next, pages, w, step, acc);
+            if (codec->kind == TQAI_TRELLIS) {
+                BY_TRELLIS(values, codec, codes, next, pages, w, step, acc);
+                return;
+            }
+            int8_t bytes[BYTE_ROWS(MAX_ROWS) * BLOCK_TOKENS];
+            split_rows(w, BLOCK_TOKENS, TQAI_PAGE_TOKENS * pages, rows, 0, bytes, BLOCK_TOKENS);
+            BY_BYTES(values, codec, codes, next, pages, bytes, step, acc);
             return;
         }
         for (int r = 0; r < rows; r++) finer[r] = step[r] * (1.0f / FACTOR_PARTS);
@@ -311,6 +332,29 @@ static void value_sums(const tqai_codec *codec, const uint8_t *const *codes, con
     BY_BITS(values, codec->bits, codec, codes, next, pages, w, step, acc)
 }
 
-#define KEY_DOTS key_dots
+static void range_of_bits(const float *x, int n, uint32_t *least, uint32_t *most);
+
+/* values_block where nothing is hidden, if it serves the block; else 0. */
+static int plain_block(const float *logit, const float *largest, uint32_t key_most, const float *factor, const float *scale,
+                       const tqai_codec *codec, const uint8_t *const *codes, const uint8_t *const *next, int pages, int rows,
+                       row_state *state, float *acc) {
+    if (codec->kind != TQAI_SCALAR || !of_bytes(codec)) return 0;
+    uint32_t least, most;
+    range_of_bits(scale, TQAI_PAGE_TOKENS * pages, &least, &most);
+    /* keys: no NaN, nothing infinite, so none among the logits; values: far from the ends of floats, too */
+    if (key_most > float_to_bits(0x1p80f) || least < float_to_bits(0x1p-80f) || most > float_to_bits(0x1p80f)) return 0;
+    if (bits_to_float(most) > PLAIN_SPREAD * bits_to_float(least)) return 0;
+    _Alignas(64) int8_t bytes[BYTE_ROWS(MAX_ROWS) * BLOCK_TOKENS];
+    float step[MAX_ROWS];
+    const int done = rows == 4   ? plain_weights_4(logit, largest, factor, scale, least, most, codec, pages, state, acc, bytes, step)
+                     : rows == 2 ? plain_weights_2(logit, largest, factor, scale, least, most, codec, pages, state, acc, bytes, step)
+                                 : plain_weights_1(logit, largest, factor, scale, least, most, codec, pages, state, acc, bytes, step);
+    if (done) BY_BYTES(values, codec, codes, next, pages, bytes, step, acc);
+    return done;
+}
+
+#define PLAIN_BLOCK plain_block
+#define SPLIT_QUERIES split_queries
+#define KEY_LOGITS key_logits
 #define VALUE_SUMS value_sums
 #include "table.inc.h"

@@ -90,6 +90,12 @@ static void rotate(const job *j, const place *at) {
             for (int d = 0; d < dim; d++) q[d] = (int16_t)whole[lanes * d + l];
         }
     }
+    if (!j->query_bytes) return;
+    for (int r = 0, rows; r < j->rows; r += rows) {
+        rows = tqai_block_rows(j->rows - r);
+        const int16_t *q = j->q + ((size_t)at->pair * (size_t)j->rows + (size_t)r) * (size_t)dim;
+        j->kernels->split_queries(key, q, rows, tqai_bytes_of_row(j, at->pair, r));
+    }
 }
 
 void tqai_rotate_ahead(const job *j, int batch, int first_head, int last_head, int start) {

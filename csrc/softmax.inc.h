@@ -1,4 +1,4 @@
-/* softmax.inc.h: from integer dots to integer weights; included by each ISA's file after its vec_*.h. */
+/* softmax.inc.h: from integer dots to logits and from logits to integer weights; included by each ISA's file after its vec_*.h. */
 
 #define LOG2_E 1.44269504f
 
@@ -84,7 +84,21 @@ static inline void no_weights(int16_t *w, int tokens, int is_nan, int value_dim,
         for (int d = 0; d < value_dim; d++) acc[d] = NAN;
 }
 
-/* A row on its way from dots to weights. logit holds logits divided by `by` where no softcap needs them, as the
+/* Dots of some pages to logits over their factors; `largest` [rows][LARGEST_LANES] has the largest of each lane of vectors
+ * that are numbers. */
+static void to_logits(const int32_t *dots, const float *key_scale, int tokens, int rows, float *logit, float *most) {
+    for (int r = 0; r < rows; r++) {
+        vf largest = v_load(most + r * LARGEST_LANES);
+        for (int t = 0; t < tokens; t += VL) {
+            const vf x = v_mul(v_from_int(dots + r * BLOCK_TOKENS + t), v_load(key_scale + t));
+            largest = v_max(largest, x);
+            v_store(logit + r * BLOCK_TOKENS + t, x);
+        }
+        v_store(most + r * LARGEST_LANES, largest);
+    }
+}
+
+/* A row on its way from logits to weights. logit holds logits divided by `by` where no softcap needs them, as the
  * exponential's argument is a fused multiply-add anyway. */
 typedef struct {
     float *logit;       /* [tokens]: then weights, too */
@@ -175,26 +189,15 @@ static inline float whole_weights(const float *weight, float all, float most, co
 }
 
 /* Step by step for all rows, so that a row's sums across lanes pass while the next row is at work. */
-static void softmax_block(const int32_t *dots, const float *factor, const float *key_scale,
-                          const float *value_scale, const tqai_codec *value, const block_mask *mask, float softcap,
-                          int tokens, int rows, row_state *state, float *acc, int16_t *w, float *step) {
-    _Alignas(64) float logit[MAX_ROWS * BLOCK_TOKENS];
+static void softmax_block(float *logit, const float *largest, const float *factor, const float *value_scale,
+                          const tqai_codec *value, const block_mask *mask, float softcap, int tokens, int rows,
+                          row_state *state, float *acc, int16_t *w, float *step) {
     row row_of[MAX_ROWS];
     float all[MAX_ROWS] = {0}, most[MAX_ROWS] = {0};
     const int plain = !mask && plain_scales(value_scale, value, tokens);
     for (int r = 0; r < rows; r++) {
         row *a = row_of + r;
-        *a = (row){logit + r * BLOCK_TOKENS, factor[r], 0.0f};
-        vf largest = v_set(-INFINITY);
-        for (int t = 0; t < tokens; t += VL) {
-            const vf x = v_mul(v_from_int(dots + r * BLOCK_TOKENS + t), v_load(key_scale + t));
-            largest = v_max(largest, x);
-            v_store(a->logit + t, x);
-        }
-        a->largest = v_largest(largest) * a->by;
-    }
-    for (int r = 0; r < rows; r++) {
-        row *a = row_of + r;
+        *a = (row){logit + r * BLOCK_TOKENS, factor[r], v_largest(v_load(largest + r * LARGEST_LANES)) * factor[r]};
         if (mask || softcap > 0.0f || !(a->by > 0.0f)) hide_and_cap(a, mask, r, softcap, tokens);
         if (!move_maximum(a->logit, tokens, a->largest, value->head_dim, state + r, acc + r * value->head_dim)) continue;
         if (plain && fabsf(state[r].max) < 1000.0f) {
