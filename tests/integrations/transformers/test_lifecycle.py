@@ -151,3 +151,12 @@ def test_no_decompressed_tensor_stays(tiny: Tiny) -> None:
             if type(tensor) is torch.Tensor and tensor.ndim == 4 and tensor.shape[1:] == (2, 256, 64)
         ]
         assert not sizes
+
+
+@pytest.mark.parametrize(
+    ("strategy", "on_codes"), [("auto", True), ("residual", True), ("full", False), ("incremental", False)]
+)
+def test_strategies_that_decompress_give_attention_tensors(tiny: Tiny, strategy: str, on_codes: bool) -> None:
+    cache = tqai.TurboQuantCache(tiny("llama"), config="K4/V2", cache_strategy=strategy)
+    for part in cache.update(torch.ones(1, 2, 3, 64), torch.ones(1, 2, 3, 64), 0):
+        assert isinstance(part, torch.Tensor) != on_codes
