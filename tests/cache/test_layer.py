@@ -306,3 +306,19 @@ def test_pages_that_are_out_of_sight_at_once_are_not_made(random_tokens):
     layer = CompressedLayer(CacheConfig(), 0, 100)
     layer.append(*random_tokens(0, 1, 1, 2000, 32))
     assert layer.pool.capacity <= 2
+
+
+@pytest.mark.parametrize("record_past", [False, True])
+@pytest.mark.parametrize("sliding_window", [64, 65, 100, 129])
+def test_incremental_sliding_layers_show_what_is_in_sight(random_tokens, sliding_window, record_past):
+    """Also while all tokens are kept for assisted decoding, where pages in sight are not the first ones."""
+    keys, values = random_tokens(0, 1, 1, 520, 16)
+    layer = CompressedLayer(CacheConfig(bits_k=8, bits_v=8, cache_strategy="incremental"), 0, sliding_window)
+    layer.record_past = record_past
+    for start, stop in [(0, 300), *((at, at + 1) for at in range(300, 520))]:
+        step = layer.append(keys[:, :, start:stop], values[:, :, start:stop])
+        in_sight = slice(max(start - sliding_window + 1, 0), stop)
+        for found, wanted in zip(layer.materialize(step), (keys, values), strict=True):
+            assert found.shape[2] == in_sight.stop - in_sight.start
+            error = (found - wanted[:, :, in_sight]).norm(dim=-1) / wanted[:, :, in_sight].norm(dim=-1)
+            assert error.max() < 0.05

@@ -29,6 +29,7 @@ class LayerReading:
 
     config: CacheConfig
     layer: int
+    sliding_window: int | None
     sinks: ExactTokens | None
     window: Window | None
     pool: PagePool | None
@@ -92,8 +93,13 @@ class LayerReading:
             return self.backend.attend(*arguments)
 
     def materialize(self, step: Step) -> ExactTokens:
-        """Keys and values of a step, decompressed; "incremental" keeps the history's copy for the next."""
-        if self.config.cache_strategy != "incremental" or step.history is None or step.history.first_token:
+        """Keys and values of a step, decompressed; "incremental" keeps the history's copy for the next.
+
+        A sliding layer keeps none: which pages a step sees moves on.
+        """
+        if self.config.cache_strategy != "incremental" or step.history is None:
+            return step.materialize()
+        if self.sliding_window is not None:
             return step.materialize()
         known = 0 if self._decoded is None else self._decoded.keys.shape[2] // PAGE_TOKENS
         if known < step.history.pages:
