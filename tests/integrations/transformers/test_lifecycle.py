@@ -160,3 +160,15 @@ def test_strategies_that_decompress_give_attention_tensors(tiny: Tiny, strategy:
     cache = tqai.TurboQuantCache(tiny("llama"), config="K4/V2", cache_strategy=strategy)
     for part in cache.update(torch.ones(1, 2, 3, 64), torch.ones(1, 2, 3, 64), 0):
         assert isinstance(part, torch.Tensor) != on_codes
+
+
+@torch.no_grad()
+def test_repeated_and_chosen_sequences(tiny: Tiny) -> None:
+    model = tiny("llama")
+    cache = tqai.TurboQuantCache(model, config="K4/V4")
+    model(prompt(130, 2), past_key_values=cache)
+    before = cache.layers[1].keys.clone()
+    cache.batch_repeat_interleave(3)
+    assert torch.equal(cache.layers[1].keys, before[[0, 0, 0, 1, 1, 1]])
+    cache.batch_select_indices(torch.tensor([4, 0]))
+    assert torch.equal(cache.layers[1].keys, before[[1, 0]])

@@ -10,6 +10,7 @@ import torch
 from oracle import OracleCache, assert_agrees, distance
 from steps import generate
 from tiny_models import VOCABULARY, prompt
+from transformers.cache_utils import DynamicCache
 
 import tqai
 from tqai import CacheConfig
@@ -130,3 +131,16 @@ def test_nan_in_a_padded_token_of_the_history_stays_there(tiny: Tiny) -> None:
         more = torch.cat([mask, torch.ones(3, 2, dtype=torch.long)], 1)
         outputs.append(model(prompt(2, 3), attention_mask=more, past_key_values=cache).logits)
     assert torch.equal(*outputs) and outputs[0].isfinite().all()
+
+
+@torch.no_grad()
+def test_what_a_mask_is_too_short_for_is_hidden(tiny: Tiny) -> None:
+    """As transformers has it with its own attention, whether or not the mask hides anything else."""
+    model = tiny("llama")
+    ids, mask = prompt(200), torch.ones(1, 160, dtype=torch.long)
+    found = {}
+    for name, cache in (("plain", DynamicCache(config=model.config)), ("coded", None)):
+        cache = tqai.TurboQuantCache(model, bits=8) if cache is None else cache
+        model(ids[:, :150], past_key_values=cache)
+        found[name] = model(ids[:, 150:], past_key_values=cache, attention_mask=mask).logits
+    assert distance(found["coded"], found["plain"]) < 0.05
