@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -110,3 +111,23 @@ def test_other_devices_and_dtypes_are_not_served(native, page_format):
     assert "cuda" in native.refuses(page_format(), "cuda", "float32")
     assert "float64" in native.refuses(page_format(), "cpu", "float64")
     assert native.refuses(page_format(), "cpu", "bfloat16") is None
+
+
+def test_a_history_is_looked_at_for_every_batch_and_number_of_heads(native, page_format, history):
+    """What was found right once is not looked at again, but for other arguments, and in no copy."""
+    found, _, _ = history(page_format(4, 2, 128), 2, 2, 3)
+
+    def attend(history, batch, kv_heads):
+        recent = ExactTokens(*(torch.randn(batch, kv_heads, 1, 128) for _ in range(2)))
+        return native.attend(torch.randn(batch, 8, 1, 128), history, None, recent, None, 0.1)
+
+    for _ in range(2):
+        attend(found, 2, 2)
+        with pytest.raises(InputError, match="has 2 rows for a batch of 1"):
+            attend(found, 1, 2)
+        with pytest.raises(InputError, match="a slab"):
+            attend(found, 2, 4)
+    assert attend(copy.deepcopy(found), 2, 2).out.isfinite().all()
+    other = dataclasses.replace(found, first_token=64)
+    with pytest.raises(InputError, match="first_token=64"):
+        attend(other, 2, 2)

@@ -16,6 +16,7 @@ from tqai.backends.native.checks import (
     check_attend,
     check_pages,
     check_raw,
+    known_history,
     raise_refusal,
 )
 from tqai.backends.native.library import load_library
@@ -31,6 +32,7 @@ MAX_NEW_TOKENS = 16
 """Longer queries attend to their own tokens through torch, whose matrix products are faster there."""
 
 NO_EXACT = (0,) * 12
+CPU = torch.device("cpu")
 
 
 class NativeBackend:
@@ -168,13 +170,13 @@ class NativeBackend:
         batch, query_heads, new_tokens, _ = query.shape
         if query.stride(3) != 1:
             query = query.contiguous()
-        out = query.new_empty((batch, query_heads, new_tokens, history.page_format.value.spec.head_dim))
-        lse = torch.empty((batch, query_heads, new_tokens), dtype=torch.float32)
-        first, first_kept = _exact_fields(sinks, 0)
-        own, own_kept = _exact_fields(recent, first[8] + history.tokens)
         if recent is not None:
             kv_heads = recent.keys.shape[1]
-        pages, counts = history.pages, history.counts
+        known = known_history(history, batch, kv_heads)
+        out = torch.empty((batch, query_heads, new_tokens, known.value_dim), dtype=query.dtype, device=CPU)
+        lse = torch.empty((batch, query_heads, new_tokens), dtype=torch.float32, device=CPU)
+        first, first_kept = _exact_fields(sinks, 0)
+        own, own_kept = _exact_fields(recent, first[8] + known.tokens)
         mask_fields = (0, 0, 0, 0, 0)
         if mask is not None:
             strides = mask.stride()
@@ -188,10 +190,7 @@ class NativeBackend:
         pack_attend_args(
             packed,
             0,
-            native_format(history.page_format).address,
-            history.addresses.data_ptr() if pages else 0,
-            history.addresses.stride(0) if pages else 0,
-            0 if counts is None else counts.data_ptr(),
+            *known.fields,
             query.data_ptr(),
             *query.stride()[:3],
             out.data_ptr(),
@@ -203,8 +202,8 @@ class NativeBackend:
             kv_heads,
             query_heads // kv_heads,
             new_tokens,
-            pages,
-            history.first_token,
+            known.pages,
+            known.first_token,
             DTYPE_CODES[query.dtype],
             torch.get_num_threads(),
             mask is None,
