@@ -68,10 +68,10 @@ INLINE void trellis_key_columns(const uint8_t *level, const int16_t *q, const in
         for (int c = 0; c < count; c++) sum[r][c][0] = sum[r][c][1] = _mm256_setzero_si256();
 #pragma GCC unroll 2
     for (int p = 0; p < dim / 2; p++) {
-        const __m256i *at = (const __m256i *)(level + 32 * (COLUMNS * p + first));
+        const __m256i *at = (const __m256i *)level + dim / 2 * first + p;
 #pragma GCC unroll 4
         for (int c = 0; c < count; c++) {
-            const __m256i levels = _mm256_load_si256(at + c);
+            const __m256i levels = _mm256_load_si256(at + dim / 2 * c);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
                 const __m256i pair = pair_of(q + r * dim + 2 * p);
@@ -94,45 +94,52 @@ INLINE void trellis_keys(const tqai_codec *codec, const uint8_t *const *codes, c
     lookup_tables tables;
     if (codec->bits < 4) make_tables(codec, &tables);
     int32_t bias[MAX_ROWS] = {0};
+    int16_t pairs[MAX_ROWS * TQAI_MAX_HEAD_DIM]; /* of dims i and i + dim / 2 */
     for (int r = 0; r < rows; r++) {
-        for (int d = 0; d < dim; d++) bias[r] += q[r * dim + d];
+        const int16_t *from = q + r * dim;
+        for (int d = 0; d < dim; d++) bias[r] += from[d];
         bias[r] *= -128;
+        for (int i = 0; i < dim / 2; i += 8) {
+            const __m128i a = _mm_loadu_si128((const __m128i *)(from + i)), b = _mm_loadu_si128((const __m128i *)(from + i + dim / 2));
+            __m128i *to = (__m128i *)(pairs + r * dim + 2 * i);
+            _mm_storeu_si128(to, _mm_unpacklo_epi16(a, b));
+            _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(a, b));
+        }
     }
     for (int page = 0; page < pages; page++, dots += TQAI_PAGE_TOKENS) {
         unpack(codec, 0, &tables, codes[page], next[page], level);
         if (rows == 1) {
-            trellis_key_columns(level, q, bias, dim, 1, 0, 4, dots);
+            trellis_key_columns(level, pairs, bias, dim, 1, 0, 4, dots);
         } else if (rows == 2) {
-            trellis_key_columns(level, q, bias, dim, 2, 0, 2, dots);
-            trellis_key_columns(level, q, bias, dim, 2, 2, 2, dots);
+            trellis_key_columns(level, pairs, bias, dim, 2, 0, 2, dots);
+            trellis_key_columns(level, pairs, bias, dim, 2, 2, 2, dots);
         } else {
 #pragma GCC unroll 4
-            for (int c = 0; c < COLUMNS; c++) trellis_key_columns(level, q, bias, dim, rows, c, 1, dots);
+            for (int c = 0; c < COLUMNS; c++) trellis_key_columns(level, pairs, bias, dim, rows, c, 1, dots);
         }
     }
 }
 
-/* Sums [columns][rows][8] += two columns of a page. */
-INLINE void trellis_value_columns(const uint8_t *level, const int16_t *w, int rows, int32_t *sums) {
-    __m256i sum[MAX_ROWS][2];
+/* Sums [columns][rows][8] += `count` columns of a page. */
+INLINE void trellis_value_columns(const uint8_t *level, const int16_t *w, int rows, const int count, int32_t *sums) {
+    __m256i sum[MAX_ROWS][4];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
-        for (int c = 0; c < 2; c++) sum[r][c] = _mm256_loadu_si256((const __m256i *)(sums + 8 * (c * rows + r)));
+#pragma GCC unroll 4
+        for (int c = 0; c < count; c++) sum[r][c] = _mm256_loadu_si256((const __m256i *)(sums + 8 * (c * rows + r)));
     for (int h = 0; h < 8; h++) {
-        const __m256i one = _mm256_load_si256((const __m256i *)(level + 32 * h));
-        const __m256i two = _mm256_load_si256((const __m256i *)(level + 32 * (8 + h)));
+        const __m256i *at = (const __m256i *)level + h;
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             const __m256i even = four_of(w + r * BLOCK_TOKENS + 8 * h), odd = four_of(w + r * BLOCK_TOKENS + 8 * h + 4);
-            add_products(&sum[r][0], &sum[r][0], one, even, odd);
-            add_products(&sum[r][1], &sum[r][1], two, even, odd);
+#pragma GCC unroll 4
+            for (int c = 0; c < count; c++) add_products(&sum[r][c], &sum[r][c], _mm256_load_si256(at + 8 * c), even, odd);
         }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
-        for (int c = 0; c < 2; c++) _mm256_storeu_si256((__m256i *)(sums + 8 * (c * rows + r)), sum[r][c]);
+#pragma GCC unroll 4
+        for (int c = 0; c < count; c++) _mm256_storeu_si256((__m256i *)(sums + 8 * (c * rows + r)), sum[r][c]);
 }
 
 /* Columns `apart` numbers apart, 2 partial sums of 4 dims each, to out [4 of_group dims]. */
@@ -182,8 +189,9 @@ INLINE void trellis_values(const tqai_codec *codec, const uint8_t *const *codes,
     memset(sums, 0, sizeof(int32_t) * 8 * (size_t)(rows * groups * of_group));
     for (int page = 0; page < pages; page++) {
         unpack(codec, 1, &tables, codes[page], next[page], level);
-        for (int c = 0; c < groups * of_group; c += 2)
-            trellis_value_columns(level + 32 * 8 * c, apart + TQAI_PAGE_TOKENS * page, rows, sums + 8 * rows * c);
+        const int at_once = 2;
+        for (int c = 0; c < groups * of_group; c += at_once)
+            trellis_value_columns(level + 32 * 8 * c, apart + TQAI_PAGE_TOKENS * page, rows, at_once, sums + 8 * rows * c);
     }
     for (int r = 0; r < rows; r++) {
         for (int group = 0; group < groups; group++)

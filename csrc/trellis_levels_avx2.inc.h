@@ -2,74 +2,80 @@
  *
  * A window is two to four nibbles of the row. A linear map over GF(2) is the sum of what its nibbles map to, so
  * one byte shuffle per nibble and their exclusive or make the index of 32 levels at once; one of the nibbles maps
- * to itself where tqai_trellis_direct says so. Levels are looked up in tables of 16:
+ * to itself where tqai_trellis_direct says so. Levels are looked up in four tables of 16:
  *
- *   index byte   | top bit | 0 0 | bits 4 .. 0 |
- *   half h       table[h][0] at bits 4 .. 0, ^ table[h][1] at these - 16, as that holds levels 16 to 31 ^ levels 0 to 15
- *                and gives 0 where it is read below 0 (a byte shuffle does so where bit 7 is set); the top bit then
- *                chooses between the halves
+ *   index x      | 0 0 | 5 4 | 3 2 1 0 |
+ *   table i      levels 16 i .. 16 i + 15, ^ those of table i + 1, as it counts as well where table i does: where x is
+ *                below 16 (i + 1). x + 112 - 16 i is negative elsewhere, and a byte shuffle gives 0 for that
  *
- *   keys     byte k of 32 tokens (trellis.h) makes coordinate i of these; words of two tokens of coordinates i and
- *            i + 1 are interleaved to  | i: t, t + 1 | i + 1: t, t + 1 |  in 32-bit lanes
+ * (a blend of two halves takes an instruction less, but has the same two ports as the shuffles, and the same time.)
+ *
+ *   keys     byte k of 32 tokens (trellis.h), its words interleaved with those of the byte half a row further on,
+ *            | byte k: t, t + 1 | half a row on: t, t + 1 |  in 32-bit lanes: a column of the coordinates i and
+ *            i + head_dim / 2
  *   values   byte k of 8 tokens and of 4 places k: a column is 4 dims, | dim 0: token 0 .. 7 | dim 1 .. |
  *
  * A page side goes through the first-level cache twice, first all indices, then in their place all levels: so the
- * tables of either stay in registers, of which there are 16. With both in one loop the time is the same or longer.
+ * tables of either stay in registers, of which there are 16. With indices and lookups in one loop, or lookups and
+ * products, the time is the same or longer.
  */
 #include "trellis.h"
 
-#define COLUMNS 4 /* of the key buffer: 16 tokens each, | pair of dims | column | 32 bytes | */
-#define TABLES 2  /* of each half of the levels */
+#define COLUMNS 4 /* of the key buffer: 16 tokens each, | column | pair of dims | 32 bytes | */
+#define TABLES 4
 
 /* Bytes of the fewest coordinates that fill them. */
 #define BYTES_AT_ONCE(bits) ((bits) == 3 ? 3 : 1)
 
+/* Codes of 2 bits and 64 states have windows of two nibbles wherever they begin, if nibbles may begin at every second
+ * bit. */
+INLINE int of_two_nibbles(const int bits, const int state_bits) { return bits == 2 && state_bits == 6; }
+
 /* Coordinates whose windows begin at the same bit of a nibble share their maps. */
-INLINE int classes_of(const int bits) { return bits == 2 ? 2 : 4; }
+INLINE int classes_of(const int bits, const int state_bits) { return bits != 2 ? 4 : of_two_nibbles(bits, state_bits) ? 1 : 2; }
 
 typedef struct {
-    uint8_t map[4][4][16];      /* of class, nibble: index with its top bit in bit 7 */
-    uint8_t level[4][2][2][16]; /* of class, top bit, i: table[i] ^ table[i - 1] */
+    uint8_t map[4][4][16];        /* of class, nibble */
+    uint8_t level[4][TABLES][16]; /* of class: levels + 128 */
 } lookup_tables;
 
 static void make_tables(const tqai_codec *codec, lookup_tables *out) {
     const tqai_trellis *t = codec->tables;
-    const int bits = codec->bits;
-    const __m128i flip = _mm_set1_epi8(-128), low = _mm_set1_epi8(16 * TABLES - 1);
-    for (int u = 0; u < classes_of(bits); u++) {
-        for (int j = 0; j < 4; j++) {
-            const __m128i map = _mm_loadu_si128((const __m128i *)(t->nibbles + 16 * (4 * u + j)));
-            const __m128i top = _mm_cmpgt_epi8(map, low);
-            _mm_storeu_si128((__m128i *)out->map[u][j], _mm_or_si128(_mm_and_si128(map, low), _mm_and_si128(top, flip)));
+    for (int u = 0; u < classes_of(codec->bits, t->state_bits); u++) {
+        memcpy(out->map[u], t->nibbles + 64 * u, 64);
+        for (int i = 0; i < TABLES; i++) {
+            const __m128i *from = (const __m128i *)(t->nibble_levels + 128 * u + 16 * i);
+            const __m128i beyond = i + 1 < TABLES ? _mm_loadu_si128(from + 1) : _mm_set1_epi8(-128);
+            _mm_storeu_si128((__m128i *)out->level[u][i], _mm_xor_si128(_mm_loadu_si128(from), beyond));
         }
-        for (int half = 0; half < 2; half++)
-            for (int i = 0; i < TABLES; i++) {
-                const __m128i *from = (const __m128i *)(t->nibble_levels + 128 * u + 16 * (TABLES * half + i));
-                const __m128i one = _mm_xor_si128(_mm_loadu_si128(from), i ? _mm_loadu_si128(from - 1) : flip);
-                _mm_storeu_si128((__m128i *)out->level[u][half][i], one);
-            }
     }
 }
 
 INLINE __m256i sixteen_bytes(const uint8_t *table) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)); }
 
-/* x, computed here and in a register: the compiler would add up in another order and run out of registers. */
-#define HERE(x) __asm__("" : "+x"(x))
+/* x, computed here and in a register: the compiler would take another order, with which it runs out of registers or
+ * cores find less to do at a time. */
+#define HERE(x) __asm__ volatile("" : "+x"(x))
 
 typedef struct {
-    __m256i of[4][4]; /* class, nibble */
+    __m256i of[4][4];     /* class, nibble */
+    __m256i back, turned; /* of a nibble with its halves exchanged, which are bits 0 and 1, 2 and 3: the nibble, its map */
 } map_registers;
 
 INLINE map_registers load_maps(const lookup_tables *t, const int bits, const int state_bits) {
     map_registers r;
 #pragma GCC unroll 4
-    for (int u = 0; u < classes_of(bits); u++)
+    for (int u = 0; u < classes_of(bits, state_bits); u++)
 #pragma GCC unroll 4
         for (int j = 0; j < tqai_trellis_nibbles(bits, state_bits, u); j++)
             if (j != tqai_trellis_direct(bits, state_bits, u)) {
                 r.of[u][j] = sixteen_bytes(t->map[u][j]);
                 if (bits % 2 == 0) HERE(r.of[u][j]); /* 1 and 3 bits have too many */
             }
+    if (of_two_nibbles(bits, state_bits)) {
+        r.back = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        r.turned = _mm256_shuffle_epi8(r.of[0][0], r.back);
+    }
     return r;
 }
 
@@ -79,109 +85,138 @@ INLINE void part_nibbles(__m256i line, __m256i *nibble) {
     nibble[1] = _mm256_and_si256(_mm256_srli_epi16(line, 4), keep);
 }
 
-/* Indices of the levels of the coordinates whose windows begin in the first byte (3 bits: three bytes) of those
- * whose nibbles are given: to out + apart * u. */
-INLINE void store_indices(const map_registers *maps, const int bits, const int state_bits, const __m256i *nibble,
+/* Nibbles of 32 bytes, and bits 2 to 5, which only windows of two nibbles need. */
+typedef struct {
+    __m256i nibble[2], middle;
+} parted;
+
+INLINE parted part(__m256i line) {
+    parted p;
+    part_nibbles(line, p.nibble);
+    p.middle = _mm256_and_si256(_mm256_srli_epi16(line, 2), _mm256_set1_epi8(15));
+    return p;
+}
+
+/* Indices of the levels of the coordinates whose windows begin in the first of the bytes given (3 bits: the first
+ * three): to out + apart * u. */
+INLINE void store_indices(const map_registers *maps, const int bits, const int state_bits, const parted *byte,
                           uint8_t *out, int apart) {
+    if (of_two_nibbles(bits, state_bits)) {
+        /* bits 6 and 7 as they lie in their nibble, 2 and 3, so that bits 0 and 1 of the next byte come before them */
+        const __m256i change = _mm256_and_si256(_mm256_xor_si256(byte[0].nibble[1], byte[1].nibble[0]), _mm256_set1_epi8(3));
+        const __m256i turned = _mm256_xor_si256(byte[0].nibble[1], change);
+        const __m256i first[3] = {byte[0].nibble[0], byte[0].middle, byte[0].nibble[1]};
+        const __m256i second[4] = {byte[0].nibble[1], _mm256_shuffle_epi8(maps->back, turned), byte[1].nibble[0], byte[1].middle};
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++) {
+            const __m256i mapped = u < 3 ? _mm256_shuffle_epi8(maps->of[0][0], first[u]) : _mm256_shuffle_epi8(maps->turned, turned);
+            _mm256_store_si256((__m256i *)(out + apart * u), _mm256_xor_si256(second[u], mapped));
+        }
+        return;
+    }
     const int coordinates = BYTES_AT_ONCE(bits) * 8 / bits;
 #pragma GCC unroll 8
     for (int u = 0; u < coordinates; u++) {
         const int start = bits * u / 4, count = tqai_trellis_nibbles(bits, state_bits, u);
-        const int same = u % classes_of(bits), direct = tqai_trellis_direct(bits, state_bits, u);
-        __m256i index = direct < 0 ? _mm256_setzero_si256() : nibble[start + direct];
+        const int same = u % classes_of(bits, state_bits), direct = tqai_trellis_direct(bits, state_bits, u);
+        __m256i index = direct < 0 ? _mm256_setzero_si256() : byte[(start + direct) / 2].nibble[(start + direct) % 2];
 #pragma GCC unroll 4
         for (int j = 0; j < count; j++)
-            if (j != direct) index = _mm256_xor_si256(index, _mm256_shuffle_epi8(maps->of[same][j], nibble[start + j]));
+            if (j != direct)
+                index = _mm256_xor_si256(index, _mm256_shuffle_epi8(maps->of[same][j], byte[(start + j) / 2].nibble[(start + j) % 2]));
         _mm256_store_si256((__m256i *)(out + apart * u), index);
     }
 }
 
 typedef struct {
-    __m256i half[2][TABLES];
+    __m256i table[TABLES], more[TABLES - 1]; /* more: what is added to an index */
 } level_registers;
 
 INLINE level_registers load_levels_of(const lookup_tables *t, const int same) {
     level_registers r;
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++)
 #pragma GCC unroll 4
-        for (int i = 0; i < TABLES; i++) {
-            r.half[half][i] = sixteen_bytes(t->level[same][half][i]);
-            HERE(r.half[half][i]);
-        }
+    for (int i = 0; i < TABLES; i++) {
+        r.table[i] = sixteen_bytes(t->level[same][i]);
+        HERE(r.table[i]);
+        if (i + 1 == TABLES) break;
+        r.more[i] = _mm256_set1_epi8((char)(112 - 16 * i));
+        HERE(r.more[i]);
+    }
     return r;
 }
 
-/* Levels + 128. */
+/* Levels + 128. The index is read once for every use, which costs nothing, while a load of its own does. */
 INLINE __m256i look_up(const level_registers *r, const __m256i *at) {
-    const __m256i index = _mm256_load_si256(at);
-    __m256i x[TABLES], half[2];
-    x[0] = _mm256_and_si256(index, _mm256_set1_epi8(16 * TABLES - 1));
+    __m256i x[TABLES];
 #pragma GCC unroll 4
-    for (int i = 1; i < TABLES; i++) {
-        x[i] = _mm256_add_epi8(x[0], _mm256_set1_epi8((char)(-16 * i)));
+    for (int i = 0; i + 1 < TABLES; i++) __asm__ volatile("vpaddb %2, %1, %0" : "=x"(x[i]) : "x"(r->more[i]), "m"(*at));
+    __asm__ volatile("vpshufb %2, %1, %0" : "=x"(x[TABLES - 1]) : "x"(r->table[TABLES - 1]), "m"(*at));
+#pragma GCC unroll 4
+    for (int i = 0; i + 1 < TABLES; i++) {
+        x[i] = _mm256_shuffle_epi8(r->table[i], x[i]);
         HERE(x[i]);
     }
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) {
-        half[h] = _mm256_shuffle_epi8(r->half[h][0], x[0]);
-#pragma GCC unroll 4
-        for (int i = 1; i < TABLES; i++) {
-            half[h] = _mm256_xor_si256(half[h], _mm256_shuffle_epi8(r->half[h][i], x[i]));
-            HERE(half[h]);
-        }
-    }
-    return _mm256_blendv_epi8(half[0], half[1], index);
+    x[0] = _mm256_xor_si256(x[0], x[1]);
+    HERE(x[0]);
+    x[2] = _mm256_xor_si256(x[2], x[3]);
+    HERE(x[2]);
+    x[0] = _mm256_xor_si256(x[0], x[2]);
+    HERE(x[0]);
+    return x[0];
 }
 
-/* Indices of a page, buffer [head_dim][64 tokens]. */
+/* Codes of a column of keys: of a byte of the first and one of the second half of the row. */
+INLINE __m256i two_lines(const uint8_t *one, const uint8_t *two, const int upper) {
+    const __m256i a = _mm256_loadu_si256((const __m256i *)one), b = _mm256_loadu_si256((const __m256i *)two);
+    return upper ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b);
+}
+
+/* Indices of a page, buffer [COLUMNS][head_dim / 2][32]; column 2 upper + half. */
 INLINE void key_indices(const tqai_codec *codec, const int bits, const int state_bits, const lookup_tables *tables,
                         const uint8_t *in, uint8_t *buffer) {
-    const int dim = codec->head_dim, bytes = BYTES_AT_ONCE(bits), step = 8 * bytes / bits;
+    const int bytes = BYTES_AT_ONCE(bits), step = 8 * bytes / bits;
+    const int64_t apart = 32 * tqai_trellis_row_bytes(codec); /* of the halves of a row */
     const map_registers maps = load_maps(tables, bits, state_bits);
+#pragma GCC unroll 2
+    for (int upper = 0; upper < 2; upper++)
 #pragma GCC unroll 1
-    for (int half = 0; half < 2; half++) {
-        const uint8_t *from = in + 32 * half;
-        __m256i nibble[8];
-        part_nibbles(_mm256_loadu_si256((const __m256i *)from), nibble);
-#pragma GCC unroll 1
-        for (int i = 0; i < dim; i += step) {
+        for (int half = 0; half < 2; half++) {
+            const uint8_t *from = in + 32 * half, *last = from + apart - 64 * bytes;
+            parted byte[4] = {part(two_lines(from, from + apart, upper))};
+#pragma GCC unroll 2
+            for (; from < last; from += 64 * bytes, buffer += 32 * step) {
 #pragma GCC unroll 3
-            for (int k = 1; k <= bytes; k++) {
-                from = k == bytes && i + step >= dim ? in + 32 * half : from + 64;
-                part_nibbles(_mm256_loadu_si256((const __m256i *)from), nibble + 2 * k);
+                for (int k = 1; k <= bytes; k++) byte[k] = part(two_lines(from + 64 * k, from + 64 * k + apart, upper));
+                store_indices(&maps, bits, state_bits, byte, buffer, 32);
+                byte[0] = byte[bytes];
             }
-            store_indices(&maps, bits, state_bits, nibble, buffer + 64 * i + 32 * half, 64);
-            nibble[0] = nibble[2 * bytes];
-            nibble[1] = nibble[2 * bytes + 1];
+#pragma GCC unroll 3
+            for (int k = 1; k <= bytes; k++) /* the first half follows the second */
+                byte[k] = part(two_lines(from + 64 * k, k < bytes ? from + 64 * k + apart : in + 32 * half, upper));
+            store_indices(&maps, bits, state_bits, byte, buffer, 32);
+            buffer += 32 * step;
         }
-    }
 }
 
-/* Prefetch as much of `next` as the lookups have come on: evenly, as it has to come from memory. `at` bytes, and
- * `step` more with these, of as many 1-bit codes have been looked up. */
-INLINE void prefetch_evenly(const uint8_t *next, const int bits, int at, int step) {
-    if (bits * at % 64 < bits * step) _mm_prefetch((const char *)next + bits * at / 64 * 64, _MM_HINT_T1);
+/* Levels in the places of four indices, `apart` numbers apart. As much of *next is prefetched as four are of a page:
+ * evenly, as it has to come from memory. */
+INLINE void look_up_four(const level_registers *r, const int bits, __m256i *at, const int apart, const uint8_t **next) {
+    _mm_prefetch((const char *)*next, _MM_HINT_T1);
+    *next += 16 * bits;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) at[apart * i] = look_up(r, at + apart * i);
 }
 
-/* Levels of a page, buffer [head_dim / 2][COLUMNS][32]; column 2 upper + half. */
+/* Levels of a page, in the same places. */
 INLINE void key_levels(const tqai_codec *codec, const int bits, const int state_bits, const lookup_tables *tables,
                        const uint8_t *in, const uint8_t *next, uint8_t *buffer) {
-    const int dim = codec->head_dim, classes = classes_of(bits);
+    const int indices = COLUMNS * codec->head_dim / 2, classes = classes_of(bits, state_bits);
     key_indices(codec, bits, state_bits, tables, in, buffer);
-#pragma GCC unroll 2
-    for (int c = 0; c < classes; c += 2) {
-        const level_registers a = load_levels_of(tables, c), b = load_levels_of(tables, c + 1);
+#pragma GCC unroll 4
+    for (int same = 0; same < classes; same++) {
+        const level_registers r = load_levels_of(tables, same);
 #pragma GCC unroll 1
-        for (int i = c; i < dim; i += classes)
-#pragma GCC unroll 1
-            for (int half = 0; half < 2; half++) {
-                __m256i *at = (__m256i *)(buffer + 64 * i) + half;
-                prefetch_evenly(next, bits, 8 * (i + half), 8);
-                const __m256i one = look_up(&a, at), two = look_up(&b, at + 2);
-                at[0] = _mm256_unpacklo_epi16(one, two);
-                at[2] = _mm256_unpackhi_epi16(one, two);
-            }
+        for (int i = same; i < indices; i += 4 * classes) look_up_four(&r, bits, (__m256i *)buffer + i, classes, &next);
     }
 }
 
@@ -220,10 +255,10 @@ INLINE void value_indices(const tqai_codec *codec, const int bits, const int sta
         const int apart = group == groups - 1 ? (int)sizeof tail[0] : 8 * row_bytes;
 #pragma GCC unroll 2
         for (int h = 0; h < 8; h++, from += apart) {
-            __m256i nibble[8];
+            parted byte[4];
 #pragma GCC unroll 4
-            for (int k = 0; k <= bytes; k++) part_nibbles(four_places(from, bits, k), nibble + 2 * k);
-            store_indices(&maps, bits, state_bits, nibble, buffer + 32 * h, 32 * 8);
+            for (int k = 0; k <= bytes; k++) byte[k] = part(four_places(from, bits, k));
+            store_indices(&maps, bits, state_bits, byte, buffer + 32 * h, 32 * 8);
         }
     }
 }
@@ -234,16 +269,12 @@ INLINE void value_levels(const tqai_codec *codec, const int bits, const int stat
     const int of_group = 4 * columns_of(bits), columns = (codec->head_dim + of_group - 1) / of_group * columns_of(bits);
     value_indices(codec, bits, state_bits, tables, in, buffer);
 #pragma GCC unroll 4
-    for (int same = 0; same < classes_of(bits); same++) {
+    for (int same = 0; same < classes_of(bits, state_bits); same++) {
         const level_registers r = load_levels_of(tables, same);
 #pragma GCC unroll 1
-        for (int c = same; c < columns; c += classes_of(bits)) {
-            __m256i *at = (__m256i *)(buffer + 32 * 8 * c);
-#pragma GCC unroll 2
-            for (int h = 0; h < 8; h++) {
-                prefetch_evenly(next, bits, 4 * (8 * c + h), 4);
-                at[h] = look_up(&r, at + h);
-            }
+        for (int c = same; c < columns; c += classes_of(bits, state_bits)) {
+            look_up_four(&r, bits, (__m256i *)buffer + 8 * c, 1, &next);
+            look_up_four(&r, bits, (__m256i *)buffer + 8 * c + 4, 1, &next);
         }
     }
 }

@@ -36,27 +36,30 @@ INLINE __m256i levels_of_parts(const part_tables *p, const int state_bits, const
     return _mm256_add_epi8(_mm256_shuffle_epi8(p->first, index), _mm256_shuffle_epi8(p->second, upper));
 }
 
-/* Levels of a page, buffer [head_dim / 2][COLUMNS][32]. */
+/* Levels of a page, buffer [COLUMNS][head_dim / 2][32]. */
 INLINE void key_levels_of_parts(const tqai_codec *codec, const int state_bits, const uint8_t *in, const uint8_t *next,
                                 uint8_t *buffer) {
-    const int row_bytes = tqai_trellis_row_bytes(codec);
+    const int64_t apart = 32 * tqai_trellis_row_bytes(codec); /* of the halves of a row */
     const part_tables p = load_part_tables(codec);
-#pragma GCC unroll 1
-    for (int half = 0; half < 2; half++) {
-        const uint8_t *from = in + 32 * half;
-        __m256i nibble[4], *at = (__m256i *)buffer + half;
-        part_nibbles(_mm256_loadu_si256((const __m256i *)from), nibble);
+    __m256i *at = (__m256i *)buffer;
 #pragma GCC unroll 2
-        for (int k = 0; k < row_bytes; k++, at += COLUMNS) {
-            if (k % 2 == half) _mm_prefetch((const char *)next + 64 * k, _MM_HINT_T1);
-            part_nibbles(_mm256_loadu_si256((const __m256i *)(from + (k + 1 < row_bytes ? 64 * (k + 1) : 0))), nibble + 2);
-            const __m256i one = levels_of_parts(&p, state_bits, nibble), two = levels_of_parts(&p, state_bits, nibble + 1);
-            at[0] = _mm256_unpacklo_epi16(one, two);
-            at[2] = _mm256_unpackhi_epi16(one, two);
-            nibble[0] = nibble[2];
-            nibble[1] = nibble[3];
+    for (int upper = 0; upper < 2; upper++)
+#pragma GCC unroll 1
+        for (int half = 0; half < 2; half++) {
+            const uint8_t *from = in + 32 * half, *end = from + apart;
+            __m256i nibble[4];
+            part_nibbles(two_lines(from, end, upper), nibble);
+#pragma GCC unroll 2
+            for (; from < end; from += 64, at += 2, next += 32) {
+                const uint8_t *second = from + 64 < end ? from + 64 + apart : in + 32 * half; /* the first half follows it */
+                _mm_prefetch((const char *)next, _MM_HINT_T1);
+                part_nibbles(two_lines(from + 64, second, upper), nibble + 2);
+                at[0] = levels_of_parts(&p, state_bits, nibble);
+                at[1] = levels_of_parts(&p, state_bits, nibble + 1);
+                nibble[0] = nibble[2];
+                nibble[1] = nibble[3];
+            }
         }
-    }
 }
 
 /* Levels of a page, buffer [row bytes / 4][2 columns][8 h][32]. */
