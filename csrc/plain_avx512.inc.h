@@ -46,15 +46,20 @@ INLINE void store_bytes(__m512i a, __m512i b, int8_t *to) {
     _mm512_storeu_si512(to, _mm512_permutexvar_epi64(in_turns, _mm512_packus_epi16(a, b)));
 }
 
-/* Weights of one or two rows of a page, row 0's bytes at h0. Sums of the exponentials are added to sum. */
+/* Whole weights of one or two rows of a page, 32 tokens each, that are still to be split into bytes. */
+typedef struct {
+    __m512i word[2][2];
+    int8_t *h0, *h1, *l; /* where to */
+} page_weights;
+
+/* Sums of the exponentials are added to sum. */
 INLINE void weigh_page(const float *logit, const float *scale, const float *slope, const float *shift, int rows, __m512 *sum,
-                       int8_t *h0, int8_t *h1, int8_t *l) {
+                       page_weights *to) {
     const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24,
                                           22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    split_words half[2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
-        __m512i v[2] = {_mm512_setzero_si512(), _mm512_set1_epi16(8)};
+        to->word[1][i] = _mm512_set1_epi16(8);
 #pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
             /* + 1.5 * 2^23 rounds, and leaves the whole number in the low bits */
@@ -68,13 +73,16 @@ INLINE void weigh_page(const float *logit, const float *scale, const float *slop
                 sum[r] = _mm512_add_ps(sum[r], p);
                 x[j] = _mm512_fmadd_ps(p, _mm512_loadu_ps(scale + t), whole);
             }
-            v[r] = _mm512_permutex2var_epi16(_mm512_castps_si512(x[0]), even, _mm512_castps_si512(x[1]));
+            to->word[r][i] = _mm512_permutex2var_epi16(_mm512_castps_si512(x[0]), even, _mm512_castps_si512(x[1]));
         }
-        half[i] = split_weights(v[0], v[1]);
     }
-    store_bytes(half[0].h0, half[1].h0, h0);
-    if (rows > 1) store_bytes(half[0].h1, half[1].h1, h1);
-    store_bytes(half[0].l, half[1].l, l);
+}
+
+INLINE void split_page(const page_weights *from, int rows) {
+    const split_words a = split_weights(from->word[0][0], from->word[1][0]), b = split_weights(from->word[0][1], from->word[1][1]);
+    store_bytes(a.h0, b.h0, from->h0);
+    if (rows > 1) store_bytes(a.h1, b.h1, from->h1);
+    store_bytes(a.l, b.l, from->l);
 }
 
 /* Weights of a block as bytes [BYTE_ROWS(rows)][BLOCK_TOKENS], with their steps; 0 if it is not plain. */
@@ -94,13 +102,22 @@ INLINE int plain_weights(const float *logit, const float *largest, const float *
     __m512 sum[MAX_ROWS];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps();
+    /* what is split is what the turn before weighed, so that neither waits for the other; the first time it is nothing */
+    const int at_once = rows < 2 ? 1 : 2;
+    const __m512i none = _mm512_setzero_si512();
+    page_weights before = {{{none, none}, {none, none}}, bytes, bytes + BLOCK_TOKENS, bytes + rows * BLOCK_TOKENS};
     for (int page = 0; page < pages; page++) {
         const int at = TQAI_PAGE_TOKENS * page;
 #pragma GCC unroll 2
-        for (int r = 0; r < rows; r += 2)
-            weigh_page(logit + r * BLOCK_TOKENS + at, scale + at, slope + r, shift + r, rows - r < 2 ? 1 : 2, sum + r,
-                       bytes + r * BLOCK_TOKENS + at, bytes + (r + 1) * BLOCK_TOKENS + at, bytes + (rows + r / 2) * BLOCK_TOKENS + at);
+        for (int r = 0; r < rows; r += 2) {
+            int8_t *to = bytes + at;
+            page_weights now = {.h0 = to + r * BLOCK_TOKENS, .h1 = to + (r + 1) * BLOCK_TOKENS, .l = to + (rows + r / 2) * BLOCK_TOKENS};
+            weigh_page(logit + r * BLOCK_TOKENS + at, scale + at, slope + r, shift + r, at_once, sum + r, &now);
+            split_page(&before, at_once);
+            before = now;
+        }
     }
+    split_page(&before, at_once);
     float total[MAX_ROWS];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {

@@ -83,9 +83,9 @@ def test_groups_and_new_tokens(each_isa, page_format, history, attention64, grou
 @pytest.mark.parametrize(
     "codec, bits", [("scalar", 4), ("scalar", 3), ("scalar", 2), ("trellis", 4), ("trellis", 2)]
 )
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("group, masked", [(1, True), (1, False), (4, True), (4, False)])
 def test_tokens_beside_one_with_nearly_all_weight(
-    each_isa, page_format, history, attention64, codec, bits, group
+    each_isa, page_format, history, attention64, codec, bits, group, masked
 ):
     """What the others add to a token of 88 to 99 % of all weight, as the first token of many a model has,
     is small but all of one direction: weights that are rounded to 0 would show in it."""
@@ -94,11 +94,11 @@ def test_tokens_beside_one_with_nearly_all_weight(
     query = (
         (torch.tensor([[9.5], [2.5], [10.5], [10]])[:group] * 8 * strongest).flatten(1, 2)[:, :, None].float()
     )
-    far = torch.zeros(1, 2, 1, 64)
+    far, nothing = -1000 * strongest[:, :, None, 0].float(), torch.zeros(1, 2, 1, 64)
     logits = 0.125 * query.double() @ keys.repeat_interleave(group, 1).transpose(-1, -2)
     weights = logits.softmax(-1)
-    mask = (torch.arange(513) < 512).expand(1, 1, 1, 513)
-    attended = each_isa.attend(query, found, None, ExactTokens(far, far), mask, 0.125, None)
+    mask = (torch.arange(513) < 512).expand(1, 1, 1, 513) if masked else None
+    attended = each_isa.attend(query, found, None, ExactTokens(far, nothing), mask, 0.125, None)
     share = weights[..., 5:6] * values[:, :, 5, None].repeat_interleave(group, 1)
     wanted = weights @ values.repeat_interleave(group, 1) - share
     off = (attended.out.double() - share - wanted).norm(dim=-1) / wanted.norm(dim=-1)
