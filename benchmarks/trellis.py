@@ -226,7 +226,7 @@ def main() -> None:
             result["codes"][name] = [codes_row(native, c, bits, "cpu", 2) for c in CODECS for bits in BITS]
         if "attention" in parts:
             result["attention"][name] = [
-                attention_row(native, bits, tokens, group, max(5, 100_000 // tokens))
+                attention_row(native, bits, tokens, group, max(40, 100_000 // tokens))
                 for tokens in arguments.tokens[: 1 if isa == "scalar" else None]
                 for bits in BITS
                 for group in (1, 4)

@@ -120,26 +120,27 @@ INLINE void trellis_keys(const tqai_codec *codec, const uint8_t *const *codes, c
     }
 }
 
-/* Sums [columns][rows][8] += `count` columns of a page. */
-INLINE void trellis_value_columns(const uint8_t *level, const int16_t *w, int rows, const int count, int32_t *sums) {
-    __m256i sum[MAX_ROWS][4];
+/* Sums [columns][rows][8] += two columns of a page. */
+INLINE void trellis_value_columns(const uint8_t *level, const int16_t *w, int rows, int32_t *sums) {
+    __m256i sum[MAX_ROWS][2];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < count; c++) sum[r][c] = _mm256_loadu_si256((const __m256i *)(sums + 8 * (c * rows + r)));
+#pragma GCC unroll 2
+        for (int c = 0; c < 2; c++) sum[r][c] = _mm256_loadu_si256((const __m256i *)(sums + 8 * (c * rows + r)));
     for (int h = 0; h < 8; h++) {
-        const __m256i *at = (const __m256i *)level + h;
+        const __m256i one = _mm256_load_si256((const __m256i *)(level + 32 * h));
+        const __m256i two = _mm256_load_si256((const __m256i *)(level + 32 * (8 + h)));
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
             const __m256i even = four_of(w + r * BLOCK_TOKENS + 8 * h), odd = four_of(w + r * BLOCK_TOKENS + 8 * h + 4);
-#pragma GCC unroll 4
-            for (int c = 0; c < count; c++) add_products(&sum[r][c], &sum[r][c], _mm256_load_si256(at + 8 * c), even, odd);
+            add_products(&sum[r][0], &sum[r][0], one, even, odd);
+            add_products(&sum[r][1], &sum[r][1], two, even, odd);
         }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int c = 0; c < count; c++) _mm256_storeu_si256((__m256i *)(sums + 8 * (c * rows + r)), sum[r][c]);
+#pragma GCC unroll 2
+        for (int c = 0; c < 2; c++) _mm256_storeu_si256((__m256i *)(sums + 8 * (c * rows + r)), sum[r][c]);
 }
 
 /* Columns `apart` numbers apart, 2 partial sums of 4 dims each, to out [4 of_group dims]. */
@@ -189,9 +190,8 @@ INLINE void trellis_values(const tqai_codec *codec, const uint8_t *const *codes,
     memset(sums, 0, sizeof(int32_t) * 8 * (size_t)(rows * groups * of_group));
     for (int page = 0; page < pages; page++) {
         unpack(codec, 1, &tables, codes[page], next[page], level);
-        const int at_once = 2;
-        for (int c = 0; c < groups * of_group; c += at_once)
-            trellis_value_columns(level + 32 * 8 * c, apart + TQAI_PAGE_TOKENS * page, rows, at_once, sums + 8 * rows * c);
+        for (int c = 0; c < groups * of_group; c += 2)
+            trellis_value_columns(level + 32 * 8 * c, apart + TQAI_PAGE_TOKENS * page, rows, sums + 8 * rows * c);
     }
     for (int r = 0; r < rows; r++) {
         for (int group = 0; group < groups; group++)
