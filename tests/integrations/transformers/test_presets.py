@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import tqai.config
 from tqai import backends
 from tqai.config import CacheConfig
 from tqai.errors import ConfigError
+from tqai.integrations.transformers.default import _head_dim
 
 Tiny = Callable[[str], Any]
 
@@ -107,3 +109,10 @@ def test_a_numbered_device_is_one_of_its_kind(monkeypatch: Any, tiny: Tiny) -> N
         pytest.skip("native kernels are off here")
     numbered = tqai.TurboQuantCache(model, device="cpu:0").settings
     assert numbered == plain.settings.with_changes(device="cpu:0")
+
+
+def test_head_size_where_the_config_does_not_say() -> None:
+    sizes = {"hidden_size": 896, "num_attention_heads": 14}
+    assert _head_dim(SimpleNamespace(**sizes)) == _head_dim(SimpleNamespace(**sizes, head_dim=None)) == 64
+    assert _head_dim(SimpleNamespace(**sizes, head_dim=80)) == 80
+    assert _head_dim(SimpleNamespace(hidden_size=896)) is None
