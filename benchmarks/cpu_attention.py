@@ -37,6 +37,7 @@ KV_HEADS, GROUP, DIM = 8, 4, 128
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 PAIRS = ((4, 4), (4, 2), (3, 3), (2, 2), (8, 8))
 SCALING = DIM**-0.5
+ENCODED_PAGES = 512
 PEERS = Path(__file__).parent / "peers" / "cpu_decode.json"
 KERNEL_TOLERANCE = 2e-3
 TORCH_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -48,10 +49,11 @@ def packed(backend, bits, tokens, query):
     pages = tokens // PAGE_TOKENS
     slab = torch.empty((pages, KV_HEADS, page_format.page_bytes), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(tokens)
-    for start in range(0, pages, 64):
-        shape = (min(64, pages - start), KV_HEADS, PAGE_TOKENS, DIM)
+    # all at once up to 32k tokens, as a prefill does: memory for whole calls comes in large pages
+    for start in range(0, pages, ENCODED_PAGES):
+        shape = (min(ENCODED_PAGES, pages - start), KV_HEADS, PAGE_TOKENS, DIM)
         rows = [torch.randn(shape, generator=generator) for _ in range(2)]
-        backend.encode(*rows, page_format, slab[start : start + 64])
+        backend.encode(*rows, page_format, slab[start : start + ENCODED_PAGES])
     addresses = (slab.data_ptr() + torch.arange(pages) * slab.stride(0)).view(1, pages)
     history = History(page_format, [slab], [0], np.arange(pages, dtype=np.int32)[None], addresses)
     recent = ExactTokens(*(torch.randn(1, KV_HEADS, 1, DIM, generator=generator) for _ in range(2)))
