@@ -70,13 +70,17 @@ def targets_table(root: Path) -> str:
         alone = rows[_fastest_torch(rows)]["median_ms"] / row["compute_ms"]
         reached = row["times_faster_than_fastest_torch"]
         lines.append(f"| {path}, times torch's speed | {tokens} | {aim:.0f} | {reached:.1f} | {alone:.1f} |")
+    rate = max(result["read_bytes_per_s"], result["read_bytes_per_s_at_the_end"])
     for path in ("avx512 K4/V4", "avx512 K4/V2"):
         row = result["lengths"]["131072"][f"native {path}"]
-        alone = row["compute_ms"] * row["of_the_time_to_read_its_bytes"] / row["median_ms"]
-        reached = row["of_the_time_to_read_its_bytes"]
-        lines.append(
-            f"| {path}, of the time to read its bytes | 131072 | at most 2 | {reached:.2f} | {alone:.2f} |"
-        )
+        read_ms = row["bytes_held"] / rate * 1e3
+        summed_ms = row["median_ms"] / row["of_the_time_to_read_its_bytes"]
+        for what, aim, base in (
+            (f"of the time to read its bytes at {rate / 1e9:.0f} GB/s", "at most 2", read_ms),
+            ("of the time in which torch adds them up, in large pages", "-", summed_ms),
+        ):
+            reached, alone = (row[name] / base for name in ("median_ms", "compute_ms"))
+            lines.append(f"| {path}, {what} | 131072 | {aim} | {reached:.2f} | {alone:.2f} |")
     return "\n".join(lines)
 
 
