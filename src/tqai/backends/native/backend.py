@@ -40,7 +40,7 @@ class NativeBackend:
 
     Accuracy: integer products of the query and the weights with integer levels; relative L2 error at most
     2e-3 against float64 attention to the exactly decoded tokens for every pair of bits (measured 1e-4 to
-    5e-4, with 2-bit codes on AVX-512 to 1.4e-3: tests/backends/native/test_attend.py).
+    5e-4, with codes of 2 to 4 bits on AVX-512 to 1.1e-3: tests/backends/native/test_attend.py).
 
     Raises:
         BackendError: the library is not there or cannot be loaded.
