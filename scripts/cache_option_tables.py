@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from results import read
 
 __all__ = ["balance_table", "bits_table", "offsets_error_table", "offsets_time_table"]
 
 
 def offsets_time_table(root: Path) -> str:
     """What a decode step pays per layer."""
-    result = _section(root, "offsets")
+    result = read(root, "cache_options")["offsets"]
     lines = [
         "| model | step without offsets | offsets add | subtracting from the window at every step would |",
         "|---|---|---|---|",
@@ -33,7 +34,7 @@ def offsets_time_table(root: Path) -> str:
 
 def offsets_error_table(root: Path) -> str:
     """What holding bfloat16 tokens without their offset does to attention over them."""
-    result = _section(root, "offsets")
+    result = read(root, "cache_options")["offsets"]
     lines = ["| mean, in deviations | held as they are | held without offset |", "|---|---|---|"]
     for row in result["exact_tokens"]:
         lines.append(f"| {row['mean_over_deviation']:g} | {row['off']:.4f} | {row['on']:.4f} |")
@@ -42,7 +43,8 @@ def offsets_error_table(root: Path) -> str:
 
 def bits_table(root: Path) -> str:
     """KL at equal budgets: the same bits everywhere, the first prefill's, a calibration's."""
-    result, halves = _section(root, "bits"), _section(root, "halves")
+    found = read(root, "cache_options")
+    result, halves = found["bits"], found["halves"]
     budgets = result["budgets"]
     kl = {**result["kl"], **halves["kl"]}
 
@@ -78,18 +80,12 @@ def bits_table(root: Path) -> str:
 
 def balance_table(root: Path) -> str:
     """KL with keys and queries balanced pair by pair."""
-    result = _section(root, "balance")
+    result = read(root, "cache_options")["balance"]
     lines = ["| cache | plain | balanced |", "|---|---|---|"]
     for name, plain in result["kl"]["plain"].items():
         other = result["kl"]["balanced"][name]
         lines.append(f"| {name} | {plain['value']:.4f} | {other['value']:.4f} |")
     return "\n".join(lines)
-
-
-def _section(root: Path, name: str) -> dict[str, Any]:
-    text = (root / "benchmarks" / "results" / "cache_options.json").read_text("utf-8")
-    section: dict[str, Any] = json.loads(text)[name]
-    return section
 
 
 def _machine(result: dict[str, Any]) -> str:

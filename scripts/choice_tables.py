@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from results import read
 
 __all__ = ["balance_table", "choices_table", "layers_table"]
 
@@ -13,7 +14,7 @@ MODELS = ("demo", "llama-7m", "qwen2-6m")
 
 def choices_table(root: Path) -> str:
     """Widths, scales, windows and so on, against K3/V3 with a window of 128."""
-    result = _result(root)
+    result = read(root, "quality_choices")
     found = _by_name(result, "plain")
     names = [name for name in found if not name.startswith(("layer ", "balance"))]
     lines = [f"| choice | bits | {' | '.join(MODELS)} |", "|---" * (2 + len(MODELS)) + "|"]
@@ -23,7 +24,7 @@ def choices_table(root: Path) -> str:
 
 def balance_table(root: Path) -> str:
     """Transforms of keys and values, on the models as trained and with scaled pairs."""
-    result = _result(root)
+    result = read(root, "quality_choices")
     plain, pairs = _by_name(result, "plain"), _by_name(result, "pairs")
     head = [f"{model}, {copy}" for copy in ("plain", "pairs") for model in MODELS]
     lines = [f"| | {' | '.join(head)} |", "|---" * (1 + len(head)) + "|"]
@@ -37,7 +38,7 @@ def balance_table(root: Path) -> str:
 
 def layers_table(root: Path) -> str:
     """What 2 or 4 instead of 3 bits change, one layer and side at a time: the last layer, and all others."""
-    found = _by_name(_result(root), "plain")
+    found = _by_name(read(root, "quality_choices"), "plain")
     changes = [("bits_k", 2), ("bits_v", 2), ("bits_k", 4), ("bits_v", 4)]
     words = [f"{'K' if side == 'bits_k' else 'V'}{bits}" for side, bits in changes]
     lines = [f"| model | K3/V3 | layer | {' | '.join(words)} |", "|---" * (3 + len(words)) + "|"]
@@ -81,9 +82,3 @@ def _note(result: dict[str, Any]) -> str:
         f"window 128, 4 sinks, offsets, bfloat16 scales. Bits: of `demo` at 8,192 tokens. {where['device']}, "
         f"torch {where['versions']['torch']}."
     )
-
-
-def _result(root: Path) -> dict[str, Any]:
-    path = root / "benchmarks" / "results" / "quality_choices.json"
-    loaded: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return loaded

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from results import read
 
 __all__ = ["codes_table"]
 
@@ -15,8 +15,7 @@ BITS = (2, 3, 4, 8)
 
 def codes_table(root: Path) -> str:
     """Vectors encoded and decoded per second, a line for every backend and codec."""
-    text = (root / "benchmarks" / "results" / "codes.json").read_text("utf-8")
-    result: dict[str, Any] = json.loads(text)
+    result = read(root, "codes")
     lines = ["| on | backend | codec | encode: 2, 3, 4, 8 bits | decode: 2, 3, 4, 8 bits |", "|---" * 5 + "|"]
     machines = []
     for device in (name for name in DEVICES if name in result):

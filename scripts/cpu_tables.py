@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from results import read_if_there
 
 __all__ = ["attention_table", "second_machine_table", "targets_table"]
 
@@ -21,7 +22,7 @@ AIMS = (
 
 def attention_table(root: Path, name: str = "cpu_attention") -> str:
     """Time of one step of attention on the CPU, packed codes against the fastest torch formulation."""
-    result = _result(root, name)
+    result = read_if_there(root, name)
     if result is None:
         return "No result is committed yet; `python benchmarks/cpu_attention.py` writes it."
     paths = [f"{isa} {bits}" for isa in ("avx512", "avx2") for bits in ("K4/V4", "K4/V2", "K3/V3")]
@@ -60,7 +61,7 @@ def second_machine_table(root: Path) -> str:
 
 def targets_table(root: Path) -> str:
     """What is aimed at, what is reached, and what computing alone would allow, codes in the caches."""
-    result = _result(root, "cpu_attention")
+    result = read_if_there(root, "cpu_attention")
     if result is None:
         return "No result is committed yet; `python benchmarks/cpu_attention.py` writes it."
     lines = ["| | tokens | aimed at | reached | computing alone |", "|---|---|---|---|---|"]
@@ -87,11 +88,3 @@ def targets_table(root: Path) -> str:
 def _fastest_torch(rows: dict[str, Any]) -> str:
     of_torch = [name for name in rows if name.startswith("torch")]
     return min(of_torch, key=lambda name: float(rows[name]["median_ms"]))
-
-
-def _result(root: Path, name: str) -> dict[str, Any] | None:
-    path = root / "benchmarks" / "results" / f"{name}.json"
-    if not path.is_file():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return result

@@ -14,7 +14,6 @@ where NAME is one of PARTS. Figures come from benchmarks/results/*.json and from
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -36,6 +35,7 @@ import soak_tables  # noqa: E402
 import study_tables  # noqa: E402
 import trellis_tables  # noqa: E402
 from option_tables import activations_table, qjl_table, solvers_table  # noqa: E402
+from results import read_if_there  # noqa: E402
 
 DOCUMENTS = (
     "README.md",
@@ -144,7 +144,7 @@ def picture(root: Path) -> str:
 
 def quality_table(root: Path) -> str:
     """Size, quality and retrieval of every cache on the embedded model."""
-    result = _result(root, "demo_model")
+    result = read_if_there(root, "demo_model")
     if result is None:
         return "No result is committed yet; `make bench` writes it."
     settings = result["settings"]
@@ -174,7 +174,7 @@ def quality_table(root: Path) -> str:
 
 def speed_table(root: Path) -> str:
     """Decoding speed of every cache on the embedded model, as a ratio to DynamicCache of the same run."""
-    result = _result(root, "demo_model")
+    result = read_if_there(root, "demo_model")
     if result is None:
         return "No result is committed yet; `make bench` writes it."
     contexts = list(result["speed"])
@@ -198,7 +198,7 @@ def speed_table(root: Path) -> str:
 
 def cpu_generate_table(root: Path) -> str:
     """`generate` end to end on the CPU, against DynamicCache."""
-    result = _result(root, "cpu_generate")
+    result = read_if_there(root, "cpu_generate")
     if result is None:
         return "No result is committed yet; `python benchmarks/cpu_generate.py` writes it."
     lines = [
@@ -234,14 +234,6 @@ def _provenance(result: dict[str, Any]) -> str:
         f"Machine: {result['cpu']}, {result['cpus']} cores; torch {versions['torch']}, transformers "
         f"{versions['transformers']}; {result['date'][:10]}."
     )
-
-
-def _result(root: Path, name: str) -> dict[str, Any] | None:
-    path = root / "benchmarks" / "results" / f"{name}.json"
-    if not path.is_file():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return result
 
 
 PARTS: dict[str, Callable[[Path], str]] = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from results import read
 
 __all__ = [
     "attention_table",
@@ -36,7 +37,7 @@ def triton_table(root: Path) -> str:
 
 def roofline_table(root: Path) -> str:
     """The largest case against the rate at which torch's kernel reads."""
-    result = _read(root, "gpu_attention")
+    result = read(root, "gpu_attention")
     rate = result["read_bytes_per_s"]
     lines = [
         f"| B8 128k | packed bytes | at {rate / 1e12:.2f} TB/s | measured | share of the rate |",
@@ -54,7 +55,7 @@ def roofline_table(root: Path) -> str:
 
 def floor_table(root: Path) -> str:
     """The least times of kernels that read the packed bytes, and what ratios they would be."""
-    rows = _read(root, "gpu_floor")["rows"]
+    rows = read(root, "gpu_floor")["rows"]
     sizes = list(dict.fromkeys((row["batch"], row["tokens"]) for row in rows))
     lines = [
         "| us | " + " | ".join(f"B{batch} {tokens // 1024}k" for batch, tokens in sizes) + " |",
@@ -70,7 +71,7 @@ def floor_table(root: Path) -> str:
 
 def encode_table(root: Path) -> str:
     """Encoding, in bytes of input."""
-    result = _read(root, "gpu_encode")
+    result = read(root, "gpu_encode")
     lines = [
         "| | us for 1.07 GB | input | share of the copy rate | general kernel, us |",
         "|---|---|---|---|---|",
@@ -86,7 +87,7 @@ def encode_table(root: Path) -> str:
 
 def generate_table(root: Path) -> str:
     """Tokens per second of a model of 8 billion parameters."""
-    result = _read(root, "gpu_generate")
+    result = read(root, "gpu_generate")
     lines = [
         "| batch, tokens | DynamicCache eager | StaticCache graph | K4/V2 eager | K4/V2 graph | K4/V4 graph "
         "| balanced graph | cache, GiB: bfloat16, K4/V2, balanced |",
@@ -125,7 +126,7 @@ def _times(row: dict[str, Any]) -> str:
 
 
 def _attention(root: Path, mode: str, name: str = "gpu_attention", backend: str = "cuda") -> str:
-    result = _read(root, name)
+    result = read(root, name)
     fastest = [row for row in result["rows"] if row["backend"].startswith("torch")]
     names = [f"B{row['batch']} {row['tokens'] // 1024}k" for row in fastest]
     lines = [
@@ -150,8 +151,3 @@ def _row(
         row for row in result["rows"] if all(row.get(name) == value for name, value in wanted.items())
     )
     return found
-
-
-def _read(root: Path, name: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((root / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
-    return result

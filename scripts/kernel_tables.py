@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from results import read
 
 __all__ = ["short_table"]
 
@@ -15,7 +15,7 @@ PAIRS = ("K4/V2", "K4/V4")
 
 def short_table(root: Path) -> str:
     """Times of one layer's decode step on a GPU and on a CPU, and ratios to the fastest uncompressed one."""
-    gpu, cpu = (_read(root, name) for name in ("gpu_attention", "cpu_attention"))
+    gpu, cpu = (read(root, name) for name in ("gpu_attention", "cpu_attention"))
     lines = [
         f"| batch, tokens | fastest uncompressed | tqai {' | tqai '.join(PAIRS)} |",
         "|---|---|" + "---|" * len(PAIRS),
@@ -48,8 +48,3 @@ def short_table(root: Path) -> str:
         "[docs/performance-cpu.md](docs/performance-cpu.md).",
     ]
     return "\n".join(lines)
-
-
-def _read(root: Path, name: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((root / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
-    return result

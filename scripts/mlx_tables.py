@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from results import read
 
 __all__ = ["memory_table", "quality_table", "speed_table"]
 
 
-def _result(root: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((root / "benchmarks" / "results" / "mlx.json").read_text("utf-8"))
-    return result
-
-
 def speed_table(root: Path) -> str:
     """Milliseconds per decoded token of the embedded model."""
-    lengths = _result(root)["speed"]["lengths"]
+    lengths = read(root, "mlx")["speed"]["lengths"]
     names = list(next(iter(lengths.values()))["ms_per_token"])
     names.sort(key=lambda name: (name.startswith("K") and "/" in name, name.startswith("q")))
     lines = ["| tokens | " + " | ".join(names) + " |", "|---:|" + "---:|" * len(names)]
@@ -29,7 +24,7 @@ def speed_table(root: Path) -> str:
 
 def memory_table(root: Path) -> str:
     """Bits per value of filled caches, by `nbytes` and by MLX's allocator."""
-    memory = _result(root)["memory"]
+    memory = read(root, "mlx")["memory"]
     lines = [f"| cache, {memory['tokens']} tokens | `nbytes` | bits per value |", "|---|---:|---:|"]
     for name, row in memory["caches"].items():
         lines.append(f"| {name} | {row['nbytes'] / 2**20:.2f} MiB | {row['bits_per_value']:.3f} |")
@@ -38,7 +33,7 @@ def memory_table(root: Path) -> str:
 
 def quality_table(root: Path) -> str:
     """Mean KL beside torch, and retrieval."""
-    result = _result(root)
+    result = read(root, "mlx")
     lines = ["| cache | mean KL here | mean KL with torch | ratio |", "|---|---:|---:|---:|"]
     for name, row in result["kl"]["caches"].items():
         lines.append(f"| {name} | {row['mlx_kl']:.5f} | {row['torch_kl']:.5f} | {row['ratio']:.3f} |")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from results import read_if_there
 
 __all__ = ["activations_table", "qjl_table", "solvers_table"]
 
@@ -13,7 +14,7 @@ MIB = 2.0**20
 
 def qjl_table(root: Path) -> str:
     """KL of the embedded model with sketches of several sizes."""
-    result = _result(root, "qjl")
+    result = read_if_there(root, "qjl")
     if result is None:
         return "No result is committed yet; `python benchmarks/qjl.py` writes it."
     lines = [
@@ -37,7 +38,7 @@ def qjl_table(root: Path) -> str:
 
 def solvers_table(root: Path) -> str:
     """What each solver and objective gains over Lloyd-Max."""
-    result = _result(root, "solvers")
+    result = read_if_there(root, "solvers")
     if result is None:
         return "No result is committed yet; `python benchmarks/solvers.py` writes it."
     lines = [
@@ -64,7 +65,7 @@ def solvers_table(root: Path) -> str:
 
 def activations_table(root: Path) -> str:
     """Memory, time and loss of fine-tuning with packed activations."""
-    result = _result(root, "activations")
+    result = read_if_there(root, "activations")
     if result is None:
         return "No result is committed yet; `python benchmarks/activations.py` writes it."
     variants, settings = result["variants"], result["settings"]
@@ -98,11 +99,3 @@ def activations_table(root: Path) -> str:
 
 def _where(result: dict[str, Any]) -> str:
     return f"{result['cpu']}; torch {result['versions']['torch']}; {result['date'][:10]}."
-
-
-def _result(root: Path, name: str) -> dict[str, Any] | None:
-    path = root / "benchmarks" / "results" / f"{name}.json"
-    if not path.is_file():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return result

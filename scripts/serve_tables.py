@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from results import read
 
 __all__ = ["cpu_load_table", "first_token_table", "gap_table", "gpu_load_table", "steps_table"]
 
@@ -13,7 +14,7 @@ GIB = 2**30
 
 def steps_table(root: Path) -> str:
     """A decode step over synthetic contexts of 32k tokens."""
-    steps = _read(root, "serve_gpu")["steps"]
+    steps = read(root, "serve_gpu")["steps"]
     base = next(row for row in steps["rows"] if row["kind"] == "uncompressed")
     lines = [
         "| | contexts | step, ms | its graph alone, ms | tokens/s | pages, GiB | against (a) |",
@@ -33,7 +34,7 @@ def steps_table(root: Path) -> str:
 
 def first_token_table(root: Path) -> str:
     """Time to the first token of a prompt that is alone."""
-    rows = _read(root, "serve_gpu")["first_later"]
+    rows = read(root, "serve_gpu")["first_later"]
     found: dict[tuple[str, Any], dict[int, float]] = {}
     for row in rows:
         key = (row["kind"], row.get("chunk_tokens"))
@@ -52,7 +53,7 @@ def gap_table(root: Path) -> str:
         "| gaps, ms | chunks of | before | p50 | p99 | largest |",
         "|---|---|---|---|---|---|",
     ]
-    for row in _read(root, "serve_gpu")["first"]["gaps"]:
+    for row in read(root, "serve_gpu")["first"]["gaps"]:
         times = " | ".join(f"{row[name]:.0f}" for name in ("calm_gap_ms", "p50_gap_ms", "p99_gap_ms"))
         lines.append(f"| {row['kind']} | {row['chunk_tokens']} | {times} | {row['largest_gap_ms']:.0f} |")
     return "\n".join(lines)
@@ -60,12 +61,12 @@ def gap_table(root: Path) -> str:
 
 def gpu_load_table(root: Path) -> str:
     """The open-loop client against three servers on a GPU."""
-    return _load(_read(root, "serve_gpu")["load"])
+    return _load(read(root, "serve_gpu")["load"])
 
 
 def cpu_load_table(root: Path) -> str:
     """The same on a CPU."""
-    return _load(_read(root, "serve_cpu")["rows"])
+    return _load(read(root, "serve_cpu")["rows"])
 
 
 def _load(rows: list[dict[str, Any]]) -> str:
@@ -84,7 +85,3 @@ def _load(rows: list[dict[str, Any]]) -> str:
             f"| {first} | {later} |"
         )
     return "\n".join(lines)
-
-
-def _read(root: Path, name: str) -> Any:
-    return json.loads((root / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from results import read_if_there
 
 __all__ = ["fuzz_table", "soak_table"]
 
@@ -14,7 +15,7 @@ BROKEN_OFF = "error in a stream"
 
 def soak_table(root: Path) -> str:
     """The soak, a row per figure."""
-    found = _read(root, "serve_soak")
+    found = read_if_there(root, "serve_soak")
     if found is None:
         return "Not yet measured."
     statuses, end = found["statuses"], found["end"]
@@ -41,7 +42,7 @@ def soak_table(root: Path) -> str:
 
 def fuzz_table(root: Path) -> str:
     """The generated requests, a row per figure."""
-    found = _read(root, "serve_fuzz")
+    found = read_if_there(root, "serve_fuzz")
     if found is None:
         return "Not yet measured."
     statuses: Counter[str] = Counter()
@@ -69,11 +70,3 @@ def _table(rows: dict[str, str], found: dict[str, Any]) -> str:
 
 def _counted(statuses: dict[str, int]) -> str:
     return ", ".join(f"{count} times {status}" for status, count in sorted(statuses.items()))
-
-
-def _read(root: Path, name: str) -> dict[str, Any] | None:
-    path = root / "benchmarks" / "results" / f"{name}.json"
-    if not path.is_file():
-        return None
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from results import read
 
 __all__ = ["copies_table", "kl_tables", "peers_table", "retrieval_table", "short_table", "targets_table"]
 
 
 def kl_tables(root: Path) -> str:
     """Mean KL of every cache, one table per model, one column per copy."""
-    result = _result(root)
+    result = read(root, "quality")
     lines: list[str] = []
     for model, copies in result["quality"].items():
         names = [copy for copy, rows in copies.items() if rows]
@@ -38,7 +39,7 @@ def kl_tables(root: Path) -> str:
 
 def short_table(root: Path) -> str:
     """For the README: presets and peers, as trained and on the worst of the hard copies."""
-    result = _result(root)
+    result = read(root, "quality")
     models = result["study"]["models"]
     lines = [f"| cache | bits | {' | '.join(models)} | worst hard copy |", "|---" * (3 + len(models)) + "|"]
     specs = ("small", "balanced", "quality", "quanto-2", "quanto-4", "hqq-4", "fp8")
@@ -61,7 +62,7 @@ def short_table(root: Path) -> str:
 
 def copies_table(root: Path) -> str:
     """How exactly each copy equals its original, and how far the original is from the trained model."""
-    result = _result(root)
+    result = read(root, "quality")
     lines = [
         "| model | copy | logits differ by | original against trained model, KL | perplexity |",
         "|---|---|---|---|---|",
@@ -86,7 +87,9 @@ def copies_table(root: Path) -> str:
 def retrieval_table(root: Path) -> str:
     """Codes found, by kind."""
     lines = ["| cache | model | copy | single | multi | lookup |", "|---" * 6 + "|"]
-    for row in sorted(_result(root)["retrieval"], key=lambda row: (row["cache"], row["model"], row["copy"])):
+    for row in sorted(
+        read(root, "quality")["retrieval"], key=lambda row: (row["cache"], row["model"], row["copy"])
+    ):
         found = " | ".join(
             f"{row[kind]['correct']}/{row[kind]['questions']}" for kind in ("single", "multi", "lookup")
         )
@@ -96,7 +99,7 @@ def retrieval_table(root: Path) -> str:
 
 def targets_table(root: Path) -> str:
     """The targets: one line per size and model, one column per copy, with our best cache within the bits."""
-    result = _result(root)
+    result = read(root, "quality")
     copies = result["study"]["copies"]
     lines = [
         f"| at most | KL at most | model | cache | bits | {' | '.join(copies)} |",
@@ -117,7 +120,7 @@ def targets_table(root: Path) -> str:
 
 def peers_table(root: Path) -> str:
     """Each peer against our best cache of no more bits, over the documents that both read: its KL / ours."""
-    result = _result(root)
+    result = read(root, "quality")
     copies = result["study"]["copies"]
     lines = [f"| peer | bits | model | {' | '.join(copies)} |", "|---" * (3 + len(copies)) + "|"]
     for peer in dict.fromkeys(row["peer"] for row in sorted(result["peers"], key=lambda row: row["peer"])):
@@ -175,8 +178,3 @@ def _name(spec: str) -> str:
 def _machine(entry: dict[str, Any]) -> str:
     where = entry["device"] if entry["device"] != "cpu" else entry["cpu"]
     return f"{where}, torch {entry['versions']['torch']}, backend {entry['backend']}"
-
-
-def _result(root: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((root / "benchmarks" / "results" / "quality.json").read_text("utf-8"))
-    return loaded

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from results import read
 
 __all__ = ["cpu_attention_table", "cpu_codes_table", "cpu_prefill_table", "gpu_attention_table"]
 
 
 def gpu_attention_table(root: Path) -> str:
     """Microseconds of attention by codec and bits, against SDPA and against scalar codes of the same bits."""
-    text = (root / "benchmarks" / "results" / "gpu_trellis.json").read_text(encoding="utf-8")
-    rows: list[dict[str, Any]] = json.loads(text)["attention"]
+    rows: list[dict[str, Any]] = read(root, "gpu_trellis")["attention"]
     sizes = list(dict.fromkeys((row["batch"], row["tokens"]) for row in rows))
     lines = [
         "| us | " + " | ".join(f"B{batch} {tokens // 1024}k" for batch, tokens in sizes) + " |",
@@ -39,19 +39,13 @@ def gpu_attention_table(root: Path) -> str:
     return "\n".join(lines)
 
 
-def _cpu(root: Path) -> dict[str, Any]:
-    text = (root / "benchmarks" / "results" / "trellis.json").read_text(encoding="utf-8")
-    result: dict[str, Any] = json.loads(text)
-    return result
-
-
 def cpu_attention_table(root: Path) -> str:
     """Milliseconds of a step by instruction set, and speed against scalar codes of the same bits."""
     lines = [
         "| instruction set | tokens | query heads | bits | scalar, ms | trellis | trellis256 |",
         "|---|" + "---|" * 6,
     ]
-    for name, rows in _cpu(root)["attention"].items():
+    for name, rows in read(root, "trellis")["attention"].items():
         for row in rows:
             cells = [
                 f"{row[f'{codec}_ms']:.2f} ({row[f'{codec}_speed']:.2f}x)"
@@ -70,7 +64,7 @@ def cpu_attention_table(root: Path) -> str:
 
 def cpu_codes_table(root: Path) -> str:
     """Thousands of vectors of 128 that one core encodes and decodes a second."""
-    result = _cpu(root)
+    result = read(root, "trellis")
     lines = ["| | codec | encode: 2, 3, 4 bits | decode: 2, 3, 4 bits |", "|---|---|---|---|"]
     for name, rows in result["codes"].items():
         for codec in dict.fromkeys(row["codec"] for row in rows):
@@ -97,7 +91,7 @@ def cpu_prefill_table(root: Path) -> str:
         "| instruction set | tokens | uncompressed, s | scalar K3/V3 | trellis K3/V3 |",
         "|---|" + "---|" * 4,
     ]
-    for name, row in _cpu(root)["prefill"].items():
+    for name, row in read(root, "trellis")["prefill"].items():
         cells = [
             f"{row[f'{codec}_seconds']:.2f} ({row[f'{codec}_ratio']:.2f}x)" for codec in ("scalar", "trellis")
         ]
