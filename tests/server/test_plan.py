@@ -158,6 +158,6 @@ def test_command(capsys):
 
 
 def test_without_torch_it_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr("tqai.cli.plan.find_spec", lambda name: None)
+    monkeypatch.setattr("tqai.cli.models.find_spec", lambda name: None)
     assert main(["plan"]) == 1
     assert capsys.readouterr().err.endswith("needs torch and transformers: pip install 'tqai[torch]'\n")

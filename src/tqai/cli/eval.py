@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tqai.cli.models import NEEDS_TORCH, WRONG_USAGE, LoadedModel, load_model
+from tqai.cli.models import WRONG_USAGE, LoadedModel, check_torch, load_model
 from tqai.cli.options import BackendOption, DeviceOption, DtypeOption, JsonOption, ModelOption
 from tqai.cli.prompts import read_text
 from tqai.cli.report import CommandError, print_json, steps, warn
@@ -157,8 +157,7 @@ def _check_needles(lengths: Sequence[int], kinds: Sequence[str], depths: Sequenc
 
 def _measurable(loaded: LoadedModel) -> LoadedModel:
     """A model of mlx-lm as the measures take it; they compute their figures with torch."""
-    if find_spec("torch") is None or find_spec("transformers") is None:
-        raise CommandError(NEEDS_TORCH)
+    check_torch()
     from transformers import AutoConfig
 
     from tqai import demo

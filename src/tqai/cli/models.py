@@ -14,7 +14,7 @@ from tqai.cli.report import CommandError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WRONG_USAGE", "LoadedModel", "find_device", "load_model"]
+__all__ = ["WRONG_USAGE", "LoadedModel", "check_torch", "find_device", "load_model"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 WRONG_USAGE = 2
@@ -67,8 +67,7 @@ def load_model(
     """
     if backend == "mlx":
         return _load_mlx(name, device, dtype)
-    if find_spec("torch") is None or find_spec("transformers") is None:
-        raise CommandError(NEEDS_TORCH)
+    check_torch()
     if dtype is not None and dtype not in DTYPES:
         raise CommandError(f"--dtype {dtype}: allowed are {', '.join(DTYPES)}", WRONG_USAGE)
     source = None if name is None else _source(name)
@@ -175,6 +174,15 @@ def _hub_has(name: str) -> bool:
             reason = f"no local folder, not downloaded, and the hub cannot be reached ({why})"
         raise CommandError(f"model {name}: {reason}") from error
     return True
+
+
+def check_torch() -> None:
+    """
+    Raises:
+        CommandError: torch or transformers are not installed.
+    """
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        raise CommandError(NEEDS_TORCH)
 
 
 def find_device(name: str | None) -> torch.device:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tqai.cli.models import NEEDS_TORCH, WRONG_USAGE
+from tqai.cli.models import WRONG_USAGE, check_torch
 from tqai.cli.options import JsonOption
 from tqai.cli.report import CommandError, console, format_bytes, print_json
 from tqai.cli.serve import parse_bytes
@@ -45,8 +44,7 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Say what fits into a memory at each preset, and how this or another engine is started for it."""
-    if find_spec("torch") is None or find_spec("transformers") is None:
-        raise CommandError(NEEDS_TORCH)
+    check_torch()
     from tqai.server.planning import CACHES, cache_layers, cache_named, commands, held, weight_bytes
 
     wanted, _ = cache_named(config)
@@ -139,10 +137,6 @@ def _print(
 
 
 def _config_of(name: str | None) -> tuple[str, Any]:
-    from importlib.util import find_spec
-
-    if find_spec("transformers") is None or find_spec("torch") is None:
-        raise CommandError("plan needs torch and transformers: pip install 'tqai[torch]'")
     from transformers import AutoConfig
 
     from tqai import demo
