@@ -22,7 +22,7 @@ from tqai.core.codec import SCALE_BYTES, CodecSpec, Encoded, make_codec
 from tqai.core.rotation import rotate, rotation_matrix, unrotate
 from tqai.errors import InputError
 
-__all__ = ["SMALLEST_NORMAL", "Rotated", "RotatedCodec", "rotated", "scales_of"]
+__all__ = ["SMALLEST_NORMAL", "Rotated", "RotatedCodec", "check_length", "rotated", "scales_of"]
 
 SMALLEST_NORMAL = 2.0**-126
 """A vector whose largest absolute coordinate is below this (float32 subnormals) counts as zero."""

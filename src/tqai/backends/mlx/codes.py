@@ -163,15 +163,21 @@ class MlxCodec:
         usable = finite & (largest >= SMALLEST_NORMAL)
         norm = mx.sqrt((rotated * rotated).sum(-1, keepdims=True))
         indices = self._cells(rotated / mx.where(usable, norm, 1.0))
+        scales = self.scales_of(rotated, norm, largest, self.centroids[indices])
+        return mx.where(finite, indices, 0), scales
+
+    def scales_of(self, rotated: Array, norm: Array, largest: Array, chosen: Array) -> Array:
+        """Scales bfloat16 `[...]` where codes stand for `chosen` `[..., head_dim]`: `core.rotated.scales_of`,
+        of what `rotated_rows` gave."""
         if self.scale_rule == "norm":
             scale = norm
         else:
-            chosen = self.centroids[indices]
             scale = (rotated * chosen).sum(-1, keepdims=True) / (chosen * chosen).sum(-1, keepdims=True)
+        finite = mx.isfinite(largest)
+        usable = finite & (largest >= SMALLEST_NORMAL)
         # the product may be infinite for vectors near the largest float32
         scale = mx.minimum(scale * mx.where(usable, largest, 0.0), BFLOAT16_MAX)
-        scale = mx.where(finite, scale, mx.nan).astype(mx.bfloat16)
-        return mx.where(finite, indices, 0), scale.squeeze(-1)
+        return mx.where(finite, scale, mx.nan).astype(mx.bfloat16).squeeze(-1)
 
     def encode(self, vectors: Array) -> tuple[Array, Array]:
         """Codes uint8 `[..., row_bytes]` and scales bfloat16 `[...]` of `vectors` `[..., head_dim]`.

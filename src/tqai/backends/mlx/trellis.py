@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from tqai.backends.mlx.codes import BFLOAT16_MAX, MlxCodec, pack, unpack
+from tqai.backends.mlx.codes import MlxCodec, pack, unpack
 from tqai.core.codec import Codec
 from tqai.core.rotated import SMALLEST_NORMAL
 from tqai.core.trellis import TrellisCodec
@@ -54,20 +54,12 @@ class MlxTrellisCodec(MlxCodec):
         """See `MlxCodec.encode`; special values as `core.trellis` has them. The squared error is that of
         core within 0.1 % (tests/backends/mlx/test_trellis.py)."""
         rotated, largest = self.rotated_rows(vectors)
-        finite = mx.isfinite(largest)
-        usable = finite & (largest >= SMALLEST_NORMAL)
+        usable = mx.isfinite(largest) & (largest >= SMALLEST_NORMAL)
         norm = mx.sqrt((rotated * rotated).sum(-1, keepdims=True))
         targets = rotated * (self._per_deviation / mx.where(usable, norm, 1.0))
         windows = self._tail_biting_path(targets.reshape(-1, self.head_dim)).reshape(targets.shape)
-        if self.scale_rule == "norm":
-            scale = norm
-        else:
-            chosen = mx.take(self._values, windows)
-            scale = (rotated * chosen).sum(-1, keepdims=True) / (chosen * chosen).sum(-1, keepdims=True)
-        scale = mx.minimum(scale * mx.where(usable, largest, 0.0), BFLOAT16_MAX)
-        scale = mx.where(finite, scale, mx.nan).astype(mx.bfloat16)
         codes = mx.where(usable, windows & ((1 << self.bits) - 1), 0)
-        return pack(codes, self.bits), scale.squeeze(-1)
+        return pack(codes, self.bits), self.scales_of(rotated, norm, largest, mx.take(self._values, windows))
 
     def _tail_biting_path(self, targets: Array) -> Array:
         """Windows int32 `[rows, head_dim]`: `core.viterbi.tail_biting_path`."""
