@@ -81,7 +81,7 @@ def measured(name: str, codec: str, bits: int) -> dict[str, Any]:
     except TqaiError as error:
         return {"refused": str(error)}
     encode()
-    decoded = np.asarray(decode(), dtype=np.float64).reshape(vectors.shape)
+    decoded = _numpy(decode()).astype(np.float64).reshape(vectors.shape)
     codes = canonical()
     some = slice(0, CHECKED_PAGES), slice(0, 1)  # of one head, as core is slow
     exact = page_format.key.decode(type(codes)(codes.codes[some], codes.scales[some]))
@@ -145,12 +145,13 @@ def _calls(name: str, page_format: PageFormat, vectors: torch.Tensor) -> tuple[A
     def decode() -> Any:
         keys = backend.decode(raw, page_format, torch.float32).keys
         _wait(device)
-        return keys if device == "cuda" and decoding_is_timed[0] else keys.cpu().numpy()
+        return keys
 
     return encode, decode, lambda: backend.to_canonical(raw, page_format).key
 
 
-decoding_is_timed = [False]
+def _numpy(found: Any) -> Any:
+    return found.cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
 
 
 def _wait(device: str) -> None:
@@ -160,13 +161,11 @@ def _wait(device: str) -> None:
 
 def _seconds(call: Any) -> float:
     """Least time of repeated calls."""
-    decoding_is_timed[0] = True
     best, end = np.inf, time.perf_counter() + SECONDS
     while time.perf_counter() < end:
         start = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - start)
-    decoding_is_timed[0] = False
     return float(best)
 
 
