@@ -234,6 +234,9 @@ INLINE void value_bytes(const tqai_codec *codec, int bits, const uint8_t *const 
 #define ALL_ROWS_OF_BYTES(bits) SPECIAL_BYTES(bits, 1) SPECIAL_BYTES(bits, 2) SPECIAL_BYTES(bits, 4)
 ALL_ROWS_OF_BYTES(2) ALL_ROWS_OF_BYTES(3) ALL_ROWS_OF_BYTES(4)
 
+#define FEWEST_STEPS 4 /* in the mean */
+#define LEAST_SHARE 1000 /* of the largest */
+
 /* Whether bytes say the weights of a run well enough. Without a sign they can say none below zero. And where one weight
  * of a row is most of it, as that of the first token of many a model, the rest are a few of 3825 steps each, or none:
  * where they are below four steps in the mean, and over a thousandth of the largest all together, their rounding, to
@@ -248,7 +251,7 @@ static int bytes_suffice(const int16_t *w, int tokens, int rows) {
             sum = _mm512_dpwssd_epi32(sum, weights, _mm512_set1_epi16(1));
         }
         const int rest = _mm512_reduce_add_epi32(sum) - WEIGHT_OF_BYTES; /* the largest is that, or all are 0 */
-        if (rest > WEIGHT_OF_BYTES / 1000 && rest < 4 * FACTOR_PARTS * tokens) return 0;
+        if (rest > WEIGHT_OF_BYTES / LEAST_SHARE && rest < FEWEST_STEPS * FACTOR_PARTS * tokens) return 0;
     }
     return _mm512_movepi16_mask(all) == 0;
 }

@@ -124,7 +124,7 @@ INLINE int plain_weights(const float *logit, const float *largest, const float *
         total[r] = v_sum(sum[r]) / (units * (r % 2 ? 16.0f : 1.0f));
         /* as bytes_suffice: what is beside the largest weight, in units, at most and at least */
         const float beside = (total[r] - 1.0f) * WEIGHT_UNITS;
-        if (beside > WEIGHT_UNITS / 1000.0f && beside * low < 4.0f * (float)(TQAI_PAGE_TOKENS * pages) * high) return 0;
+        if (beside > WEIGHT_UNITS / LEAST_SHARE && beside * low < FEWEST_STEPS * (float)(TQAI_PAGE_TOKENS * pages) * high) return 0;
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
