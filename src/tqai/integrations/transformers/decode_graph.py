@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tqai.backends.base import Attended, ExactTokens, History
+from tqai.backends.cuda.capture import capture
 from tqai.cache.layer import CompressedLayer
 from tqai.cache.step import Step
 from tqai.core.page import PAGE_TOKENS
@@ -28,8 +29,6 @@ from tqai.integrations.transformers.handles import KeyValuePair
 from tqai.integrations.transformers.layers import TurboQuantLayer
 
 __all__ = ["DecodeGraph"]
-
-WARM_UPS = 2
 
 
 class DecodeGraph:
@@ -148,16 +147,7 @@ class DecodeGraph:
             for tensor, value in zip(changing, before, strict=True):
                 tensor.copy_(value)
 
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._forward()
-                put_back()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._forward()
+        self._graph, self._logits = capture(self._forward, self._device, after_warm_up=put_back)
 
 
 class _GraphLayer(TurboQuantLayer):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tqai.backends.base import Attended, ExactTokens
+from tqai.backends.cuda.capture import capture
 from tqai.core.page import PAGE_TOKENS
 from tqai.errors import TqaiError
 from tqai.integrations.transformers.ragged import RaggedCache
@@ -34,7 +35,6 @@ __all__ = ["DecodeGraphs", "SlotStep", "graph_rows"]
 
 logger = logging.getLogger("tqai.server")
 
-WARM_UPS = 2
 MOST_ROWS = 256
 
 
@@ -198,15 +198,7 @@ class DecodeGraphs:
             step = SlotStep(self._store, count, self._room)
             step.load([], [])
             started.record()
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    step.forward(self._model, self._extra)
-            torch.cuda.current_stream(device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                logits = step.forward(self._model, self._extra)
+            graph, logits = capture(lambda: step.forward(self._model, self._extra), device, pool=self._pool)
             ended.record()
             ended.synchronize()
         except (RuntimeError, TqaiError) as error:
