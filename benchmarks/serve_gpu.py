@@ -40,6 +40,14 @@ from tqai.integrations.transformers.patching import release_attention
 
 RESULT = Path(__file__).parent / "results" / "serve_gpu.json"
 KINDS = ("uncompressed", "K4/V2")
+SERVERS = (
+    "tqai K4/V2",
+    "transformers serve",
+    "transformers serve without cuDNN",
+    "transformers serve continuous",
+    "tqai balanced",
+    "tqai uncompressed",
+)
 PORT = 8741
 LONG = 32768
 
@@ -87,7 +95,7 @@ def first_part(model: Any, tokenizer: Any, options: Any) -> dict[str, Any]:
     lengths = {8192: token_prompts(tokenizer, 8192, 1)[0], LONG: token_prompts(tokenizer, LONG, 1)[0]}
     others = token_prompts(tokenizer, 2048, 5)[1:]
     for chunk in options.chunks:
-        for kind in KINDS:
+        for kind in (*KINDS, "balanced"):
             engine = serve_steps.make_engine(
                 model,
                 tokenizer,
@@ -107,8 +115,9 @@ def first_part(model: Any, tokenizer: Any, options: Any) -> dict[str, Any]:
             engine.stop()
             del engine
             serve_steps._clean()
-    first += serve_steps.generate_rows(model, lengths)
-    print(json.dumps(first[-2:]), flush=True)
+    for cudnn in (False, True):
+        first += serve_steps.generate_rows(model, lengths, cudnn)
+    print(json.dumps(first[-4:]), flush=True)
     return {"first": first, "gaps": gaps}
 
 
@@ -264,10 +273,10 @@ def main() -> int:
     parser.add_argument("--parts", default="check,kernels,steps,first,load")
     parser.add_argument("--check-dtypes", default="float32,bfloat16")
     parser.add_argument("--layers", type=int, default=SHAPE_8B["num_hidden_layers"])
-    parser.add_argument("--batches", default="1,8,16")
-    parser.add_argument("--chunks", default="2048")
-    parser.add_argument("--loads", default="8192x8x64,32768x4x64", help="prompt x requests x output tokens")
-    parser.add_argument("--servers", default="tqai K4/V2,tqai uncompressed,transformers serve")
+    parser.add_argument("--batches", default="8", help="of the steps")
+    parser.add_argument("--chunks", default="1024,2048", help="the last for the load")
+    parser.add_argument("--loads", default="8192x4x64,32768x2x64", help="prompt x requests x output tokens")
+    parser.add_argument("--servers", default=",".join(SERVERS))
     parser.add_argument("--pool-gib", type=int, default=40)
     parser.add_argument("--eager", action="store_true", help="steps without graphs too")
     parser.add_argument("--commit")

@@ -217,11 +217,12 @@ def first_token_rows(engine: Engine, kind: str, prompts: dict[int, list[int]]) -
     return rows
 
 
-def generate_rows(model: Any, prompts: dict[int, list[int]]) -> list[dict[str, Any]]:
-    """Seconds to the first token of transformers' `generate`."""
+def generate_rows(model: Any, prompts: dict[int, list[int]], cudnn: bool) -> list[dict[str, Any]]:
+    """Seconds to the first token of transformers' `generate`, with torch's flash attention or cuDNN's."""
     attention, rows = model.config._attn_implementation, []
     model.set_attn_implementation("sdpa")
-    for _ in range(2):
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    for _ in range(2):  # cuDNN makes its plans the first time
         rows = []
         for length, prompt in prompts.items():
             ids = torch.tensor([prompt], device="cuda")
@@ -229,8 +230,9 @@ def generate_rows(model: Any, prompts: dict[int, list[int]]) -> list[dict[str, A
             start = time.perf_counter()
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
             torch.cuda.synchronize()
-            row = {"kind": "transformers generate", "prompt_tokens": length}
+            row = {"kind": f"transformers generate{', cuDNN' * cudnn}", "prompt_tokens": length}
             rows.append({**row, "first_token_ms": 1e3 * (time.perf_counter() - start)})
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model.set_attn_implementation(attention)
     _clean()
     return rows
