@@ -134,6 +134,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few choices, nothing written")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--commit", help="where there is no git checkout")
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
@@ -159,7 +160,9 @@ def main() -> int:
     print(f"{len(rows)} runs in {time.time() - start:.0f} s")
     if not arguments.quick:
         where = torch.cuda.get_device_name() if arguments.device != "cpu" else "cpu"
-        result = {"provenance": {**provenance(), "device": where}, "documents": sizes[0], "rows": rows}
+        found = {**provenance(), "device": where}
+        found["commit"] = arguments.commit or found["commit"]
+        result = {"provenance": found, "documents": sizes[0], "rows": rows}
         arguments.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", "utf-8")
     return 0
 
