@@ -210,6 +210,15 @@ def test_patching_again_changes_the_settings(tiny: Tiny) -> None:
     assert generate(model).past_key_values.settings.label == "K4/V4"
 
 
+def test_a_preset_and_where_it_is_computed(tiny: Tiny) -> None:
+    model = tiny("llama")
+    cache = tqai.patch(model, config="small", backend="torch", check_finite=False)
+    wanted = tqai.TurboQuantCache(model, config="small", backend="torch", check_finite=False).settings
+    assert cache.settings == wanted
+    assert (wanted.codec, wanted.backend, wanted.check_finite) == ("trellis", "torch", False)
+    assert tqai.patch(model, config=cache.settings).settings == cache.settings
+
+
 def test_constructing_with_the_model_is_undone_by_unpatch(tiny: Tiny) -> None:
     model = tiny("gemma2")
     cache = tqai.TurboQuantCache(model, bits=4)

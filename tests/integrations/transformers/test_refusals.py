@@ -40,6 +40,9 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str, str]] = [
     ({"config": "K4/V4", "bits_k": 3}, "config='K4/V4'", "one of the two"),
     # 4 is what bits_k is elsewhere, but not in this preset
     ({"config": "balanced", "bits_k": 4}, "beside bits_k", "one of the two"),
+    ({"config": "balanced", "bits": "auto", "backend": "torch"}, "beside bits:", "one of the two"),
+    ({"config": "balanced", "calibration": "a.json"}, "beside calibration", "one of the two"),
+    ({"config": "balanced", "bits_q": 4}, "'bits_q'", "bits_k, bits_v"),
 ]
 
 

@@ -17,6 +17,7 @@ from tqai.integrations.transformers.converted import converted_settings
 
 __all__ = ["attend_on_codes", "is_taken_over", "patch", "release_attention", "unpatch"]
 
+COMPRESSION_SETTINGS = COMPRESSION_FIELDS | {"bits", "calibration"}
 CACHE_IMPLEMENTATION = "turboquant"
 DYNAMIC_BY_DEFAULT = "hybrid"
 """Some checkpoints name this in their generation config, and transformers reads it as "none named"."""
@@ -62,13 +63,15 @@ def patch(
         config_path: a folder that `tqai convert` wrote; its settings are the defaults of the others.
         compress_hidden, compress_ffn, compress_attn_logits: round activations of every forward pass until
             `unpatch` (`integrations.transformers.activations`): a study, which saves no memory.
-        config: a `CacheConfig` or the name of a preset, instead of the single settings.
+        config: a `CacheConfig` or the name of a preset, instead of settings of compression. What else is
+            given (`backend`, `device`, studies of activations) goes before what it says.
         settings: further fields of `CacheConfig`, and what `TurboQuantCache` takes beside them
             (`bits="auto"`, `calibration=`); the other arguments are fields too.
 
     Raises:
-        ConfigError: a setting is out of range, or given beside `config`; `config_path` is no such folder,
-            or belongs to a model with other shapes; `model` has no `generate`.
+        ConfigError: a setting is out of range, or one of compression is given beside `config`;
+            `config_path` is no such folder, or belongs to a model with other shapes; `model` has no
+            `generate`.
         UnsupportedError: an encoder-decoder model, or one without attention layers to compress.
     """
     if not callable(getattr(_uncompiled(model), "generate", None)):
@@ -99,13 +102,14 @@ def patch(
     changed = {name: value for name, value in given.items() if value != defaults.get(name, object())}
     if config is not None:
         # what is said of compression counts even where it is the default of its field: not of the preset
-        said = {name for name, value in given.items() if value is not None} & COMPRESSION_FIELDS
-        beside = sorted({*changed, *said}) + (["config_path"] if config_path is not None else [])
+        said = {name for name, value in given.items() if value is not None}
+        beside = sorted(said & COMPRESSION_SETTINGS) + (["config_path"] if config_path is not None else [])
         if beside:
             raise ConfigError(
                 f"config={config!r} is given beside {', '.join(beside)}: allowed is one of the two"
             )
-        given = {"config": config}
+        placed = {name: value for name, value in changed.items() if name not in COMPRESSION_SETTINGS}
+        given = {"config": config, **placed}
     elif config_path is not None:
         held = converted_settings(config_path, model)
         if {"bits", "bits_k", "bits_v"} & set(given):
