@@ -108,8 +108,7 @@ def patch(
             raise ConfigError(
                 f"config={config!r} is given beside {', '.join(beside)}: allowed is one of the two"
             )
-        placed = {name: value for name, value in changed.items() if name not in COMPRESSION_SETTINGS}
-        given = {"config": config, **placed}
+        given = {"config": config, **changed}
     elif config_path is not None:
         held = converted_settings(config_path, model)
         if {"bits", "bits_k", "bits_v"} & set(given):
