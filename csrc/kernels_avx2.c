@@ -115,22 +115,22 @@ INLINE void pairs_of_levels(levels table, int small, __m256i index, __m256i *eve
  * order 0, 2, 1, 3; those of unit s of quad q are the (4 q + s) / groups'th. */
 INLINE void pass(levels table, const chunk *c, int bits, int small, int groups, int h, int two, const int16_t *factors,
                  int row, int rows, __m256i (*sum)[2]) {
-    for (int first = 0; first < c->quads; first += 2) {
+    for (int first = 0; first < c->quads; first += 2, factors += 2 * 16 / groups) {
 #pragma GCC unroll 2
         for (int q = 0; q < 2; q++) {
-            __m256i index[2];
+            __m256i index[2], even[2], odd[2];
             two_indices(c, bits, first + q, q, h, two, index);
 #pragma GCC unroll 2
-            for (int i = 0; i < 2; i++) {
-                const int16_t *four = factors + 4 * ((4 * (first + q) + 2 * two + i) / groups);
-                __m256i even, odd;
-                pairs_of_levels(table, small, index[i], &even, &odd);
+            for (int i = 0; i < 2; i++) pairs_of_levels(table, small, index[i], &even[i], &odd[i]);
+            const int16_t *at[2] = {factors + 4 * ((4 * q + 2 * two) / groups), factors + 4 * ((4 * q + 2 * two + 1) / groups)};
 #pragma GCC unroll 4
-                for (int r = 0; r < rows; r++) {
-                    add_to(&sum[r][i], _mm256_madd_epi16(even, pair_of(four + r * row)));
-                    add_to(&sum[r][i], _mm256_madd_epi16(odd, pair_of(four + r * row + 2)));
-                }
-            }
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++) add_to(&sum[r][i], _mm256_madd_epi16(even[i], pair_of(at[i] + r * row)));
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++) add_to(&sum[r][i], _mm256_madd_epi16(odd[i], pair_of(at[i] + r * row + 2)));
         }
     }
 }
