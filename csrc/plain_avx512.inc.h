@@ -8,7 +8,7 @@
  *   logit        16 tokens of a row
  *   argument     (logit - maximum) log2 e + log2(units) + 127, times 2^23: the bits of 2^x, but for the mantissa, which
  *                a polynomial makes of that
- *   weight       exponential * value scale, row 0 and 2 in units, row 1 and 3 in sixteenths
+ *   weight       exponential * value scale, row 0 and 2 in units, negative, row 1 and 3 in sixteenths
  *   bytes        64 tokens: h of either row, l of both
  */
 #define PLAIN_SPREAD 2.0f
@@ -31,14 +31,14 @@ typedef struct {
     __m512i h0, h1, l; /* bytes in words */
 } split_words;
 
-/* 32 weights of two rows, v0 in units, v1 in sixteenths plus 8, as split_two has them. */
-INLINE split_words split_weights(__m512i v0, __m512i v1) {
-    const __m512i fifteen = _mm512_set1_epi16(15), zero = _mm512_setzero_si512();
-    const __m512i lo = _mm512_and_si512(_mm512_sub_epi16(zero, v0), fifteen);
-    v1 = _mm512_srli_epi16(_mm512_add_epi16(v1, lo), 4);
-    const __m512i k = _mm512_and_si512(_mm512_sub_epi16(zero, v1), fifteen);
-    const __m512i low = _mm512_or_si512(lo, _mm512_slli_epi16(k, 4));
-    return (split_words){_mm512_srli_epi16(_mm512_add_epi16(v0, low), 4), _mm512_srli_epi16(_mm512_add_epi16(v1, k), 4), low};
+/* 32 weights of two rows to the bytes of split_two: from v0 in units, negative, and v1 in sixteenths plus ROUND_UP. */
+#define ROUND_UP 248 /* 8 to round to units, 240 to round these up to a whole h */
+INLINE split_words split_weights(__m512i negative_v0, __m512i v1) {
+    const __m512i lo = _mm512_and_si512(negative_v0, _mm512_set1_epi16(15));
+    v1 = _mm512_add_epi16(v1, lo);
+    /* lo | k << 4: what v1 is below a multiple of 256 are its low bits, inverted; 0xF4: lo | (mask & ~v1) */
+    const __m512i low = _mm512_ternarylogic_epi32(lo, _mm512_set1_epi16(0xF0), v1, 0xF4);
+    return (split_words){_mm512_srli_epi16(_mm512_sub_epi16(low, negative_v0), 4), _mm512_srli_epi16(v1, 8), low};
 }
 
 INLINE void store_bytes(__m512i a, __m512i b, int8_t *to) {
@@ -59,11 +59,11 @@ INLINE void weigh_page(const float *logit, const float *scale, const float *slop
                                           22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
 #pragma GCC unroll 2
     for (int i = 0; i < 2; i++) {
-        to->word[1][i] = _mm512_set1_epi16(8);
+        to->word[1][i] = _mm512_set1_epi16(ROUND_UP);
 #pragma GCC unroll 2
         for (int r = 0; r < rows; r++) {
             /* + 1.5 * 2^23 rounds, and leaves the whole number in the low bits */
-            const __m512 whole = _mm512_set1_ps(r ? 12582920.0f : 12582912.0f);
+            const __m512 whole = _mm512_set1_ps(r ? 12582912.0f + ROUND_UP : 12582912.0f);
             __m512 x[2];
 #pragma GCC unroll 2
             for (int j = 0; j < 2; j++) {
@@ -71,7 +71,8 @@ INLINE void weigh_page(const float *logit, const float *scale, const float *slop
                 const __m512 p = exp2_of_bits(_mm512_fmadd_ps(_mm512_loadu_ps(logit + r * BLOCK_TOKENS + t),
                                                               _mm512_set1_ps(slope[r]), _mm512_set1_ps(shift[r])));
                 sum[r] = _mm512_add_ps(sum[r], p);
-                x[j] = _mm512_fmadd_ps(p, _mm512_loadu_ps(scale + t), whole);
+                const __m512 by = _mm512_loadu_ps(scale + t);
+                x[j] = r ? _mm512_fmadd_ps(p, by, whole) : _mm512_fnmadd_ps(p, by, whole);
             }
             to->word[r][i] = _mm512_permutex2var_epi16(_mm512_castps_si512(x[0]), even, _mm512_castps_si512(x[1]));
         }
