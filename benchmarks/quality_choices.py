@@ -157,6 +157,8 @@ def main() -> int:
         worker.join()
     if len(rows) < len(todo):
         return 1
+    order = [(model, copy, choice.name) for model, copy, choice in todo]
+    rows.sort(key=lambda row: order.index((row["model"], row["copy"], row["choice"]["name"])))
     print(f"{len(rows)} runs in {time.time() - start:.0f} s")
     if not arguments.quick:
         where = torch.cuda.get_device_name() if arguments.device != "cpu" else "cpu"
