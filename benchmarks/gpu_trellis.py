@@ -7,7 +7,8 @@ path is timed only after its result for the first sequence agrees with float64 a
 decode to. Pages are of random bits, which any codes may be, and of scales as those of normal vectors.
 Encoding: keys and values of 2048 pages, after the error of a part has been compared with core's. Prefill: 32k
 tokens of the model of `gpu_generate.py` in chunks, with trellis and scalar codes of 3 bits and with
-DynamicCache. The file is written row by row. Two minutes in all, much of it for compiling.
+DynamicCache. The file is written row by row; what it has of figures noted by hand is kept. Two minutes in
+all, much of it for compiling.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ from tqai.backends.cuda.attention import Exact, attend_pages
 from tqai.core.codec import CodecSpec, make_codec
 from tqai.core.page import PAGE_TOKENS, PageFormat
 
+BY_HAND = ("profile", "tried")
 ATTENTION = (
     ("scalar", 2),
     ("trellis", 2),
     ("scalar", 3),
     ("trellis", 3),
     ("trellis256", 3),
+    ("scalar", (3, 2)),
+    ("trellis", (3, 2)),
     ("scalar", 4),
     ("trellis", 4),
     ("trellis256", 4),
@@ -56,11 +60,13 @@ PREFILL_TOKENS, CHUNK_TOKENS = 32768, 4096
 
 
 Keep = Callable[[dict[str, Any]], None]
+Bits = int | tuple[int, int]
+"""Of keys and values."""
 
 
-def format_of(name: str, bits: int) -> PageFormat:
-    codec = make_codec(CodecSpec(name, DIM, bits))
-    return PageFormat(codec, codec)
+def format_of(name: str, bits: Bits) -> PageFormat:
+    both = bits if isinstance(bits, tuple) else (bits, bits)
+    return PageFormat(*(make_codec(CodecSpec(name, DIM, each)) for each in both))
 
 
 def random_pages(page_format: PageFormat, batch: int, tokens: int) -> tuple[torch.Tensor, History]:
@@ -76,14 +82,14 @@ def random_pages(page_format: PageFormat, batch: int, tokens: int) -> tuple[torc
     return raw, History(page_format, [raw], [0], ids.cpu().int().numpy(), addresses)
 
 
-def compile_all(backend: CudaBackend, codecs: Iterable[tuple[str, int]]) -> None:
+def compile_all(backend: CudaBackend, codecs: Iterable[tuple[str, Bits]]) -> None:
     """Kernels of several formats at once, after the first, which loads the compiler; the rest is compiled
     where it is used."""
 
     def refused(each: PageFormat) -> str | None:
         return backend.refuses(each, "cuda", "bfloat16")
 
-    first, *others = (format_of(name, bits) for name, bits in sorted(set(codecs)))
+    first, *others = (format_of(name, bits) for name, bits in dict.fromkeys(codecs))
     with ThreadPoolExecutor(8) as pool:
         for reason in (refused(first), *pool.map(refused, others)):
             if reason is not None:
@@ -95,7 +101,7 @@ def attention_rows(backend: CudaBackend, keep: Keep) -> None:
         sdpa = min(times["graph_us"] for times in sdpa_times(batch, tokens).values())
         torch.cuda.empty_cache()
         keep({"codec": "torch SDPA bfloat16", "batch": batch, "tokens": tokens, "graph_us": sdpa})
-        scalar: dict[int, float] = {}
+        scalar: dict[Bits, float] = {}
         for name, bits in ATTENTION:
             page_format = format_of(name, bits)
             size = batch * KV_HEADS * (tokens // PAGE_TOKENS) * page_format.page_bytes
@@ -128,7 +134,7 @@ def attention_rows(backend: CudaBackend, keep: Keep) -> None:
             keep(
                 {
                     "codec": name,
-                    "bits": bits,
+                    "bits": "/".join(map(str, bits)) if isinstance(bits, tuple) else bits,
                     "batch": batch,
                     "tokens": tokens,
                     "graph_us": us,
@@ -218,7 +224,9 @@ def main() -> None:
     torch.manual_seed(0)
     backend = CudaBackend()
     parts = arguments.parts.split(",")
+    earlier = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
     report: dict[str, Any] = {"where": gpu_provenance(arguments.commit)}
+    report |= {part: earlier[part] for part in BY_HAND if part in earlier}
 
     def keeper(part: str) -> Keep:
         def keep(row: dict[str, Any]) -> None:

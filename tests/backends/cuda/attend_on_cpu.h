@@ -34,6 +34,7 @@ static float __int_as_float(int b) { return __uint_as_float((unsigned)b); }
 static unsigned __float_as_uint(float f) { unsigned b; memcpy(&b, &f, 4); return b; }
 static int __float2int_rn(float f) { return f != f ? 0 : f >= 2147483648.0f ? 2147483647 : f < -2147483648.0f ? -2147483647 - 1 : (int)lrintf(f); }
 static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
+static void __trap() { abort(); }
 static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
 template <class T> static T __ldcg(const T* p) { return *p; }
@@ -126,12 +127,11 @@ static void multiply(int (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigne
     }
 }
 
-// m16n8k16 of bfloat16 or, with WIDE 0, m16n8k8 of tf32, whose 13 lowest bits are not read; a sum is rounded once.
-template <bool WIDE>
+// m16n8k8 of tf32, whose 13 lowest bits are not read; a sum is rounded once.
 static void multiply_floats(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     const int l = own_lane(), g = l / 4, c = l % 4;
     const Given* all = meet({{a0, a1, a2, a3, b0, b1}});
-    const unsigned top = WIDE ? 0xffff0000u : 0xffffe000u;
+    const unsigned top = 0xffffe000u;
     for (int k = 0; k < 4; ++k) {
         const int row = k / 2, column = 2 * c + k % 2;
         double sum = d[k];
@@ -139,7 +139,6 @@ static void multiply_floats(float (&d)[4], unsigned a0, unsigned a1, unsigned a2
             for (int part = 0; part < 2; ++part) {
                 const unsigned a = all[4 * g + q].word[row + 2 * part], b = all[4 * column + q].word[4 + part];
                 sum += (double)__uint_as_float(a & top) * __uint_as_float(b & top);
-                if (WIDE) sum += (double)__uint_as_float(a << 16) * __uint_as_float(b << 16);
             }
         d[k] = (float)sum;
     }
@@ -178,6 +177,10 @@ static void fetch_bytes(unsigned char* stage, const unsigned char* page, unsigne
 #define fetch_keys(stage, page, bar, lane) fetch_bytes(stage, page, bar, lane, V_CODES_AT)
 #define fetch_values(stage, page, bar, lane) fetch_bytes((stage) + V_CODES_AT, (page) + V_CODES_AT, bar, lane, PAGE_BYTES - V_CODES_AT)
 static void no_fetch() {}
+static unsigned long long read_once() { return 0; }
+static uint4 stream_four(const unsigned char* from, unsigned long long) { return *(const uint4*)from; }
+static uint2 stream_two(const unsigned char* from, unsigned long long) { return *(const uint2*)from; }
+static unsigned stream_one(const unsigned char* from, unsigned long long) { return *(const unsigned*)from; }
 static void release_buffer() {}
 static void await_page(unsigned long long* bar, unsigned parity) {
     if (under_way.count(bar)) land(bar);

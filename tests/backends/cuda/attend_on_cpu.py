@@ -35,14 +35,16 @@ TRELLIS_FILES = ("trellis_lookup.cuh", "trellis_queries.cuh", "trellis_page.cuh"
 TRELLIS_BODIES = {
     "multiply_add": "return fmaf(a, b, c);",
     "load_shared": "return *(const u32*)(blocks[block_number()].shared + address);",
+    "load_shared_at": "return *(const u32*)(blocks[block_number()].shared + address + AT);",
+    "masked_or": "return (a & mask) | c;",
+    "upper_half_plus": "return (x >> 16) + plus;",
     "either": "return (a & mask) | (b & ~mask);",
     "differing": "return (a ^ b) & mask;",
     "upper_half": "return x >> 16;",
     "mma_u8s8": "multiply<true, false, true>(d, a0, a1, a2, a3, b0, b1);",
     "mma_u8s8_half": "multiply<false, false, true>(d, a0, a1, 0, 0, b0, 0);",
     "mma_u8u8": "multiply<true, true, true>(d, a0, a1, a2, a3, b0, b1);",
-    "mma_tf32": "multiply_floats<false>(d, a0, a1, a2, a3, b0, b1);",
-    "mma_bf16": "multiply_floats<true>(d, a0, a1, a2, a3, b0, b1);",
+    "mma_tf32": "multiply_floats(d, a0, a1, a2, a3, b0, b1);",
 }
 STATEMENTS = {
     r'asm volatile\("mov\.s32 .*?"=r"\(hides\)\);': "hides = 0;",

@@ -38,33 +38,60 @@ def formats(bits_k, bits_v, key_dim=128, value_dim=None, name="trellis"):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_entries_are_the_levels_of_windows(name, bits):
     codec = make_codec(CodecSpec(name, 128, bits))
-    single, pair = table(codec, Form(False, 32)), table(codec, Form(True, 32))
+    single, pair = table(codec, Form(False, 32)), table(codec, Form(True, 32)).view(np.int8).reshape(-1, 4)
     codes = np.random.default_rng(0).integers(0, 2**bits, (5, 128)).astype(np.uint8)
     windows = windows_of(codes, bits, codec.code.window_bits)
     wanted = codec.tables()["windows"][windows]
     unit = level_unit(codec)
     np.testing.assert_allclose(single[windows].view(np.float32) * unit, wanted, rtol=1e-6)
     wide = windows | (np.roll(windows, -1, -1) >> (codec.code.window_bits - bits)) << codec.code.window_bits
-    entries = pair[wide]
-    first = (entries << np.uint32(16)).view(np.float32)
-    second = (entries & np.uint32(0xFFFF0000)).view(np.float32)
-    np.testing.assert_allclose(first * unit, wanted, rtol=1e-6)
-    np.testing.assert_allclose(second * unit, np.roll(wanted, -1, -1), rtol=1e-6)
+    np.testing.assert_allclose(pair[wide][..., 0] * unit, wanted, rtol=1e-6)
+    np.testing.assert_allclose(pair[wide][..., 1] * unit, np.roll(wanted, -1, -1), rtol=1e-6)
+    assert not pair[:, 2:].any(), "entries are joined by additions"
 
 
-def test_split_entries_have_both_levels_of_two_neighbours():
-    """Bits 1 to 10 of a pair's 12 are looked up; bits 0 and 3, and bits 8 and 11, say which of two it is."""
-    codec = make_codec(CodecSpec("trellis", 128, 3))
+@pytest.mark.parametrize(("bits", "apart"), [(3, 3), (2, 1)])
+def test_split_entries_have_both_levels_of_two_neighbours(bits, apart):
+    """All but the outer bits of a pair are looked up; bits 0 and `apart`, and bits 8 and 8 + `apart`, say
+    which of two it is."""
+    codec = make_codec(CodecSpec("trellis", 128, bits))
     entries = table(codec, Form(False, 32, True)).view(np.int8).reshape(-1, 4)
-    codes = np.random.default_rng(0).integers(0, 8, (5, 128)).astype(np.uint8)
-    windows = windows_of(codes, 3, 9)
-    wide = windows | (np.roll(windows, -1, -1) >> 6) << 9
+    codes = np.random.default_rng(0).integers(0, 2**bits, (5, 128)).astype(np.uint8)
+    windows = windows_of(codes, bits, 6 + bits)
+    wide = windows | (np.roll(windows, -1, -1) >> 6) << (6 + bits)
+    found = entries[wide >> 1 & len(entries) - 1]
+    first = np.take_along_axis(found, ((wide ^ wide >> apart) & 1)[..., None], -1)[..., 0]
+    second = np.take_along_axis(found, 2 + ((wide >> 8 ^ wide >> (8 + apart)) & 1)[..., None], -1)[..., 0]
+    wanted = codec.tables()["windows"][windows]
+    np.testing.assert_allclose(first * level_unit(codec), wanted, rtol=1e-6)
+    np.testing.assert_allclose(second * level_unit(codec), np.roll(wanted, -1, -1), rtol=1e-6)
+
+
+def test_split_entries_of_256_states_are_looked_up_by_sums_of_bits():
+    """Twelve sums of two windows' bits (`trellis_sums.cuh`), of which the middle ten are looked up."""
+    codec = make_codec(CodecSpec("trellis256", 128, 3))
+    entries = table(codec, Form(False, 32, True)).view(np.int8).reshape(-1, 4)
+    windows = windows_of(np.random.default_rng(0).integers(0, 8, (5, 128)).astype(np.uint8), 3, 11)
+
+    def bit(i):
+        return windows >> i & 1
+
+    x = [
+        bit(1) ^ bit(7) ^ bit(2) ^ bit(3) ^ bit(10),
+        bit(2) ^ bit(8),
+        bit(3) ^ bit(9),
+        bit(4),
+        bit(5),
+        bit(6),
+    ]
+    sums = sum(each << i for i, each in enumerate(x))
+    wide = sums | np.roll(sums, -2, -1) << 6
     found = entries[wide >> 1 & 1023]
     first = np.take_along_axis(found, ((wide ^ wide >> 3) & 1)[..., None], -1)[..., 0]
     second = np.take_along_axis(found, 2 + ((wide >> 8 ^ wide >> 11) & 1)[..., None], -1)[..., 0]
     wanted = codec.tables()["windows"][windows]
     np.testing.assert_allclose(first * level_unit(codec), wanted, rtol=1e-6)
-    np.testing.assert_allclose(second * level_unit(codec), np.roll(wanted, -1, -1), rtol=1e-6)
+    np.testing.assert_allclose(second * level_unit(codec), np.roll(wanted, -2, -1), rtol=1e-6)
 
 
 def permuted(words, selectors):
@@ -103,10 +130,9 @@ def test_chosen_tables_leave_room_for_pages(bits_k, bits_v, name, limit):
     if forms is None:
         assert name == "trellis256" or limit < 166912
         return
-    size = table_bytes(page_format, forms)
-    shape = choose_shape(page_format, limit, 8, size)
-    assert shape is not None and shape.warps >= 4
-    assert attention_shared_bytes(page_format, shape, 8, size) <= limit
+    shape = choose_shape(page_format, limit, 8, forms)
+    assert shape is not None and shape.warps >= 8
+    assert attention_shared_bytes(page_format, shape, 8, forms) <= limit
 
 
 def test_equal_bits_share_a_table_and_use_pairs_where_they_fit():
@@ -115,6 +141,12 @@ def test_equal_bits_share_a_table_and_use_pairs_where_they_fit():
     assert table_bytes(formats(3, 3), (Form(False, 32, True),) * 2) == 1024 * 32 * 4
     assert table_bytes(formats(3, 3), (Form(False, 32),) * 2) == 512 * 32 * 4
     assert table_forms(formats(3, 3), 166912) == (Form(False, 32),) * 2
+    assert table_forms(formats(3, 3, name="trellis256"), LIMIT) == (Form(False, 32, True),) * 2
+    assert table_forms(formats(3, 3, 80, name="trellis256"), LIMIT) == (Form(False, 16),) * 2
+    assert table_forms(formats(3, 2), LIMIT) == (Form(False, 32, True),) * 2
+    assert table_bytes(formats(3, 2), (Form(False, 32, True),) * 2) == (1024 + 256) * 32 * 4
+    assert table_forms(formats(3, 2, 80), LIMIT) == (Form(False, 32, True), Form(False, 32))
+    assert table_forms(formats(2, 3), LIMIT) == (Form(False, 32), Form(False, 32, True))
 
 
 def test_codes_of_4_bits_need_no_table():
@@ -127,11 +159,22 @@ def test_codes_of_4_bits_need_no_table():
     assert table(formats(4, 4).key, PARTS).size == 0
 
 
-def test_codes_of_4_bits_have_more_warps_where_stretches_are_long():
-    assert choose_shape(formats(4, 4), LIMIT, 1, 0, one_buffer=True) == Shape(16, 1)
-    assert choose_shape(formats(4, 4), LIMIT, 1, 0) == Shape(12, 2)
-    assert choose_shape(formats(4, 4, 128, 256), LIMIT, 1, 0, one_buffer=True) == Shape(12, 1)
-    assert choose_shape(formats(4, 4), 101376, 1, 0, one_buffer=True).warps < 12
+@pytest.mark.parametrize(
+    ("bits_k", "bits_v", "dim", "limit", "warps"),
+    [
+        (2, 2, 128, LIMIT, 16),  # pairs on both sides
+        (1, 2, 64, LIMIT, 16),
+        (1, 2, 64, 166912, 12),  # no room for the pairs of both
+        (3, 3, 128, LIMIT, 12),
+        (4, 4, 128, LIMIT, 12),
+        (4, 4, 256, LIMIT, 8),
+    ],
+)
+def test_warps_have_registers_and_room(bits_k, bits_v, dim, limit, warps):
+    page_format = formats(bits_k, bits_v, dim)
+    forms = table_forms(page_format, limit)
+    assert choose_shape(page_format, limit, 1, forms) == Shape(warps, 1)
+    assert choose_shape(page_format, limit, 1, forms, line=True) == Shape(8, 1)
 
 
 def test_refusals_say_what():

@@ -3,8 +3,8 @@
 //
 // Work is a line of items: for every segment (see `params.cuh`) first its exact tokens, 16 per item, then its
 // pages, one per item. Blocks take equal stretches of the line. A stretch may cover parts of several segments
-// (*pieces*). Within a piece the warps take pages in turn, each with its own ring of buffers, which copies
-// fill across pieces. The block merges its warps; a segment that ends in other blocks is merged by whichever
+// (*pieces*). Within a piece the warps take pages in turn (`line_pages.cuh`, `trellis_line_pages.cuh`); what is asked for
+// ahead may be of the next piece. The block merges its warps; a segment that ends in other blocks is merged by whichever
 // block arrives last.
 
 #include "device.cuh"
@@ -23,6 +23,11 @@
 #include "exact.cuh"
 #include "merge.cuh"
 #include "line.cuh"
+#if TRELLIS
+#include "trellis_line_pages.cuh"
+#else
+#include "line_pages.cuh"
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) u8 smem[];
@@ -36,34 +41,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     const Cuts cuts(total, blocks, p.by_grid);
     const int start = cuts.start(block), stop = cuts.start(block + 1);
 
-    u8* my_ring = m.ring + warp * STAGES * PAGE_BYTES;
-    u64* my_bars = m.bars + warp * STAGES;
     u8* scratch = m.scratch + warp * SCRATCH_BYTES;
-#if BULK
-    if (lane < STAGES) make_barrier(my_bars + lane, 1);
-#endif
+    LinePages line(m, warp, lane);
     if (tid < 2) make_barrier(m.ready + tid, COLS);
     if (tid == 0) m.flag[1] = 0;  // parity of `ready`
     release_buffer();
     __syncwarp();
-    Cursor cursor;
-    cursor.begin(p, m.ends, start, stop, warp);
-    // One buffer of each warp is always left free outside of the page loop; there its slot lies.
-#pragma unroll 1
-    for (int k = 0; k < STAGES - 1; ++k) {
-        if (cursor.next) {
-            fetch_page(my_ring + k * PAGE_BYTES, cursor.next, my_bars + k, lane);
-            cursor.advance(p, m.ends, warp);
-        } else {
-            no_fetch();
-        }
-    }
+    line.begin(p, m.ends, start, stop, warp, lane);
     Constants constants;
     constants.load(p, tid);
     constants.keep(p, m, tid);
     __syncthreads();
-    int stage = 0, spare = STAGES - 1, piece_b = 0;
-    u32 parity = 0, ready_parity = 0;
+    int piece_b = 0;
+    u32 ready_parity = 0;
 
 #pragma unroll 1
     for (int at = start; at < stop;) {
@@ -93,27 +83,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
 #if MASKED
         mask = mask_row(p, place, lane & 3);
 #endif
-#pragma unroll 1
-        for (int page = max(s.first - s.exact, 0) + warp; page < s.last - s.exact; page += WARPS) {
-            if (cursor.next) {
-                fetch_page(my_ring + spare * PAGE_BYTES, cursor.next, my_bars + spare, lane);
-                cursor.advance(p, m.ends, warp);
-            } else {
-                no_fetch();
-            }
-            await_page(my_bars + stage, parity);
-            take_page(p, m, q, r, my_ring + stage * PAGE_BYTES, mask, page, scratch, lane);
-            __syncwarp();
-            spare = stage;
-            if (++stage == STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
-        }
-
+        line.take(p, m, q, r, mask, s, scratch, warp, lane);
         // ---- merge
-        u8* buffer = my_ring + spare * PAGE_BYTES;
+        u8* buffer = line.free_buffer();
         put_slot(p, m, r, buffer, warp, lane);
+        line.enter(p, m.ends, at, stop, piece_b, warp, lane);
         __syncthreads();
         if (tid == 0) m.flag[1] = ready_parity;
         if (s.first == 0 && s.begin + s.last == s.end) {

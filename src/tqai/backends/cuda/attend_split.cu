@@ -2,8 +2,8 @@
 // Every segment (see `params.cuh`) is cut into gridDim.x equal stretches of pages, one for each block; exact
 // tokens go to the blocks in turn, 16 at a time. `attend_line.cu` is for work that this does not divide well.
 //
-// Within a block the warps take pages in turn, each with its own ring of buffers, filled by bulk copies. The
-// block merges its warps. Then either the blocks of a segment are a cluster and read each other's shared
+// Within a block the warps take pages in turn, scalar codes each by way of its own ring of buffers (`stretch.cuh`), trellis
+// codes straight into registers (`trellis_stretch.cuh`). The block merges its warps. Then either the blocks of a segment are a cluster and read each other's shared
 // memory (macro CLUSTER 1; also for blocks that have a segment each), or all send their part to the last ones
 // through global memory (0).
 //
@@ -20,9 +20,11 @@
 #include "trellis_lookup.cuh"
 #include "trellis_queries.cuh"
 #include "trellis_page.cuh"
+#include "trellis_stretch.cuh"
 #else
 #include "queries.cuh"
 #include "page.cuh"
+#include "stretch.cuh"
 #endif
 #include "exact.cuh"
 #include "merge.cuh"
@@ -39,12 +41,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     place.kv_head = p.by_col_groups.divide(head_group);
     place.col_group = head_group - place.kv_head * p.col_groups;
 
-    u8* my_ring = m.ring + warp * STAGES * PAGE_BYTES;
-    u64* my_bars = m.bars + warp * BARS;
     u8* scratch = m.scratch + warp * SCRATCH_BYTES;
-#if BULK
-    if (lane < BARS) make_barrier(my_bars + lane, 1);
-#endif
+    Stretch stretch(m, warp, lane);
     if (tid < 2) make_barrier(m.ready + tid, COLS);
     if (tid == 0) m.flag[1] = 0;  // parity of `ready`
     release_buffer();
@@ -61,21 +59,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     }
     const int pages = pages_of(p, place.b);
     const int first = p.by_grid.divide(pages * rank), count = p.by_grid.divide(pages * (rank + 1)) - first;
-    const i64* addresses = p.addresses + place.b * p.address_stride + first;
-    const i64 offset = (i64)place.kv_head * PAGE_BYTES;
-    const i64 mine = lane < STAGES && warp + lane * WARPS < count ? addresses[warp + lane * WARPS] : 0;
-    i64 next = warp + STAGES * WARPS < count ? addresses[warp + STAGES * WARPS] : 0;
-    auto fetch = [&](int k) {
-        const i64 page = __shfl_sync(FULL, mine, k);
-#if HALVES
-        if (page) fetch_keys(my_ring, (const u8*)(page + offset), my_bars, lane);
-        if (page) fetch_values(my_ring, (const u8*)(page + offset), my_bars + 1, lane);
-#else
-        if (page) fetch_page(my_ring + k * PAGE_BYTES, (const u8*)(page + offset), my_bars + k, lane);
-        else no_fetch();
-#endif
-    };
-    fetch(0);
+    stretch.begin(p.addresses + place.b * p.address_stride + first, count, (i64)place.kv_head * PAGE_BYTES, warp, lane);
+    stretch.fetch_first(lane);
     constants.keep(p, m, tid);
     __syncthreads();
     STAMP(1)
@@ -96,8 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     const int exact_items = ceil_div(p.sinks, EXACT_TOKENS) + ceil_div(place.recent, EXACT_TOKENS);
     const bool exact = has_exact(rank, splits, exact_items, warp);
     if (!exact) await_barrier(m.ready, 0);
-#pragma unroll
-    for (int k = 1; k < STAGES; ++k) fetch(k);
+    stretch.fetch_rest(lane);
     Running r;
     r.clear();
     if (exact) take_exact(p, m, place, r, rank, splits, exact_items, warp, scratch, lane);
@@ -111,46 +95,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
 #if MASKED
     mask = mask_row(p, place, lane & 3);
 #endif
-    int stage = 0;
-    u32 parity = 0;
-#pragma unroll 1
-    for (int n = warp; n < count; n += WARPS) {
-        u8* buffer = my_ring + stage * PAGE_BYTES;
-        await_page(my_bars + stage, parity);
-#ifdef STAMPS
-        if (n == 0) { STAMP(4) }
-#endif
-#if HALVES
-        // The next page's keys come where this one's were while its values are taken, and the other way round.
-        take_page(p, m, q, r, buffer, mask, first + n, scratch, lane, [&] {
-            __syncwarp();
-            if (next) fetch_keys(buffer, (const u8*)(next + offset), my_bars, lane);
-            await_page(my_bars + 1, parity);
-        });
-#else
-        take_page(p, m, q, r, buffer, mask, first + n, scratch, lane);
-#endif
-        __syncwarp();
-        if (next) {
-#if HALVES
-            fetch_values(buffer, (const u8*)(next + offset), my_bars + 1, lane);
-#else
-            fetch_page(buffer, (const u8*)(next + offset), my_bars + stage, lane);
-#endif
-            const int after = n + (STAGES + 1) * WARPS;
-            next = after < count ? addresses[after] : 0;
-        } else {
-            no_fetch();
-        }
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
+    stretch.take(p, m, q, r, mask, first, scratch, warp, lane);
     STAMP(5)
 
     // ---- merge
-    put_slot(p, m, r, my_ring, warp, lane);
+    u8* buffer = m.ring + warp * BUFFERS * BUFFER_BYTES;
+    put_slot(p, m, r, buffer, warp, lane);
     __syncthreads();
 #ifdef STAMPS
     if (*(volatile int*)(m.flag + 4) != -1) { STAMP(6) }  // not before the barrier
@@ -169,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
         Gathered gathered = {};
         gathered.take<8 / CHUNKS>(parts, 0, 1, splits, j, lane);
         if (j + splits * WARPS >= columns) cluster_arrive();  // this warp has read the other blocks' memory
-        store_column(p, m, place, gathered, j, (float*)my_ring, lane);
+        store_column(p, m, place, gathered, j, (float*)buffer, lane);
     }
     STAMP(8)
     cluster_wait();  // while others read this block's memory, it must not end
@@ -181,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tqai_attend(const __gri
     __syncthreads();
 #pragma unroll 1
     for (int j = splits - 1 - rank; j < columns; j += splits) {
-        finish_awaited(p, m, place, parts, splits, j, my_ring, warp, lane);
+        finish_awaited(p, m, place, parts, splits, j, buffer, warp, lane);
         __syncthreads();
     }
 #endif

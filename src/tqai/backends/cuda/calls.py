@@ -29,6 +29,7 @@ from tqai.backends.cuda.plan import (
     split_count,
 )
 from tqai.backends.cuda.trellis_plan import (
+    Forms,
     is_trellis,
     level_unit,
     table,
@@ -75,11 +76,11 @@ class Prepared:
         self.sizes = Sizes(times256=256)
         self._kept: list[torch.Tensor] = []
         self.shared_limit = shared_memory_bytes(device.index or 0)
-        self.table_bytes: int | None = None
+        self.forms: Forms | None = None
         if is_trellis(page_format):
             self._trellis_tables()
         for side, codec in (("k", page_format.key), ("v", page_format.value)):
-            if self.table_bytes is None:
+            if self.forms is None:
                 levels = integer_levels(codec)
                 target = getattr(self.sizes, f"levels_{side}")
                 if codec.spec.bits == 8:
@@ -101,19 +102,18 @@ class Prepared:
         return tensor.data_ptr()
 
     def _trellis_tables(self) -> None:
-        forms = table_forms(self.format, self.shared_limit)
+        self.forms = forms = table_forms(self.format, self.shared_limit)
         if forms is None:
             raise BackendError(f"tables of trellis codes do not fit into {self.shared_limit} bytes")
         self.macros |= table_macros(self.format, forms)
-        self.table_bytes = table_bytes(self.format, forms)
         sides = (("k", self.format.key), ("v", self.format.value))
         for (side, codec), form in zip(sides, forms, strict=True):
             entries = torch.from_numpy(table(codec, form).view("int32").copy()).to(self.device)
             setattr(self.sizes, f"lut_{side}", self._keep(entries))
             getattr(self.sizes, f"levels_{side}").coefficients[:] = (0.0, level_unit(codec))
 
-    def shape(self, batch: int, one_buffer: bool = False) -> Shape:
-        found = choose_shape(self.format, self.shared_limit, batch, self.table_bytes, one_buffer)
+    def shape(self, batch: int, one_buffer: bool, line: bool) -> Shape:
+        found = choose_shape(self.format, self.shared_limit, batch, self.forms, one_buffer, line)
         if found is None:
             raise BackendError(f"a page of {self.format.page_bytes} bytes does not fit into shared memory")
         return found
@@ -155,9 +155,10 @@ class Prepared:
         if splits is None and blocks is None:
             splits = split_count(self.multiprocessors, segments, items)
         if shape is None:
-            apart = splits is not None and self.has_clusters and not self.table_bytes
-            shape = self.shape(batch, apart and has_long_stretches(self.format, pages // (splits or 1)))
-        shared = attention_shared_bytes(self.format, shape, batch, self.table_bytes)
+            apart = splits is not None and self.has_clusters
+            long = apart and has_long_stretches(self.format, pages // (splits or 1))
+            shape = self.shape(batch, long, line=splits is None)
+        shared = attention_shared_bytes(self.format, shape, batch, self.forms)
         sizes = Sizes.from_buffer_copy(self.sizes)
         threads, words = shape.warps * 32, 0
         part = COLUMNS * (self.value_dim + 2)
@@ -200,7 +201,7 @@ class Prepared:
             return "the device has none"
         if splits > MAX_CLUSTER:
             return f"at most {MAX_CLUSTER}"
-        if self.table_bytes:  # see `copy_address` in trellis_lookup.cuh
+        if self.forms and table_bytes(self.format, self.forms):  # see `copy_address` in trellis_lookup.cuh
             return "tables of trellis codes are for single blocks"
         return None
 

@@ -22,7 +22,7 @@ __device__ __forceinline__ void put_slot(const Params& p, const Shared& m, Runni
 
 // Where in the ring a warp's slot lies: always in its first buffer, or where `put_slot` has noted it.
 struct FirstBuffers {
-    __device__ __forceinline__ int operator()(const Shared&, int warp) const { return warp * STAGES * PAGE_BYTES; }
+    __device__ __forceinline__ int operator()(const Shared&, int warp) const { return warp * BUFFERS * BUFFER_BYTES; }
 };
 struct NotedBuffers {
     __device__ __forceinline__ int operator()(const Shared& m, int warp) const { return m.flag[4 + warp]; }

@@ -60,7 +60,10 @@ __device__ __forceinline__ void take_page(const Params& p, const Shared& m, cons
 
     const auto logit = [&](int i) { return (float)(dots[i >> 1][(i & 1) * 2] * p.times256 + dots[i >> 1][(i & 1) * 2 + 1]); };
     float x[8], w[8];
-    scale_logits<false>(p, q, logit, x, w, 1.0f, data, mask, page, g, halfway);
+    const uint4 key_scales = *(const uint4*)(data + K_SCALES_AT + g * 16);
+    halfway();
+    const uint4 value_scales = *(const uint4*)(data + V_SCALES_AT + g * 16);
+    scale_logits<false>(p, q, logit, x, w, 1.0f, key_scales, value_scales, mask, page, g);
     float most = take_exponentials(q, r, x, w);
 #pragma unroll
     for (int o = 4; o < 32; o *= 2) most = max_nan(most, __shfl_xor_sync(FULL, most, o));

@@ -11,13 +11,10 @@ __device__ __forceinline__ const u8* mask_row(const Params& p, const Place& at, 
 #endif
 
 // x: logits, the i-th being `logit(i)` without scales, to be multiplied by `q.scale` unless there is a soft cap;
-// w: scales of values, times `value_unit` if WITH_UNIT. `halfway` is called when all has been read of the keys, and before anything is of the values.
-template <bool WITH_UNIT, class Query, class Logit, class Halfway>
-__device__ __forceinline__ void scale_logits(const Params& p, const Query& q, const Logit& logit, float (&x)[8], float (&w)[8], float value_unit, const u8* data, [[maybe_unused]] const u8* mask, int page, int g, const Halfway& halfway) {
-    const uint4 sk4 = *(const uint4*)(data + K_SCALES_AT + g * 16);
-    halfway();
-    const uint4 sv4 = *(const uint4*)(data + V_SCALES_AT + g * 16);
-    const u32 sk[4] = {sk4.x, sk4.y, sk4.z, sk4.w}, sv[4] = {sv4.x, sv4.y, sv4.z, sv4.w};
+// w: scales of values, times `value_unit` if WITH_UNIT. `key_scales`, `value_scales`: of the page, as bfloat16.
+template <bool WITH_UNIT, class Query, class Logit>
+__device__ __forceinline__ void scale_logits(const Params& p, const Query& q, const Logit& logit, float (&x)[8], float (&w)[8], float value_unit, const uint4& key_scales, const uint4& value_scales, [[maybe_unused]] const u8* mask, int page, int g) {
+    const u32 sk[4] = {key_scales.x, key_scales.y, key_scales.z, key_scales.w}, sv[4] = {value_scales.x, value_scales.y, value_scales.z, value_scales.w};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         x[i] = logit(i) * bits_float(i & 1 ? sk[i >> 1] & 0xffff0000u : sk[i >> 1] << 16);

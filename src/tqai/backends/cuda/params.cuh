@@ -30,24 +30,25 @@
 #define PASS_BYTES 544
 #if TRELLIS
 #include "trellis_params.cuh"
+#include "trellis_table.cuh"
 #else
 #define LUTS (ONE_LUT ? 1 : (BK == 8) + (BV == 8))
 #define LUT_WORDS (LUTS * 8192)
 #define SCRATCH_BYTES (V_FACTORS * PASS_BYTES > 4 * (DK > DV ? DK : DV) ? V_FACTORS * PASS_BYTES : 4 * (DK > DV ? DK : DV))
-#endif
-// Whether keys and values of a page are fetched apart (`attend_split.cu`): where a warp has one buffer alone. BULK is
+#define BUFFER_BYTES PAGE_BYTES
+#define BUFFERS STAGES
+#define BARS (HALVES ? 2 : STAGES)
+// Whether keys and values of a page are fetched apart (`stretch.cuh`): where a warp has one buffer alone. BULK is
 // what stands in for sm_90.
-#ifndef HALVES
 #if STAGES == 1 && (__CUDA_ARCH__ >= 900 || BULK)
 #define HALVES 1
 #else
 #define HALVES 0
 #endif
 #endif
-#define BARS (HALVES ? 2 : STAGES)
 #define STATS ((WARPS > 8 ? WARPS : 8) * COLS * 2)
 
-static_assert(SLOT * 4 <= PAGE_BYTES, "a slot must fit into a page buffer");
+static_assert(SLOT * 4 <= BUFFER_BYTES, "a slot must fit into a buffer");
 
 // Division by a number that the host knows, for dividends below 2^31.
 struct Divisor {
@@ -96,10 +97,10 @@ struct Place {
 
 // Shared memory, in this order; `plan.py` computes the same total.
 #define SIGNS (ROTK * DK + ROTV * DV)
-#define RING_BYTES (WARPS * STAGES * PAGE_BYTES)
+#define RING_BYTES (WARPS * BUFFERS * BUFFER_BYTES)
 
 struct Shared {
-    u8* ring;        // [WARPS][STAGES] pages on their way; a warp's result lies in its own when it is done
+    u8* ring;        // [WARPS][BUFFERS] pages on their way; a warp's result lies in its own when it is done
     u32* luts;       // levels of 8 bits, one copy for each lane
     float* merged;   // [SLOT], then (maximum, sum) of each column: the block's result
     float* stats;    // [warp][column] (maximum, sum)
@@ -149,20 +150,28 @@ __device__ __forceinline__ int pages_of(const Params& p, int b) { return p.page_
 // What never changes from launch to launch: signs and tables of levels. Asked for early, kept late.
 struct Constants {
     float mine[SIGNS / THREADS + 1];
+#if TRELLIS
+    OwnEntries<1 << WINDOW_K, COPIESK> table_k;
+    OwnEntries<1 << WINDOW_V, SAME ? 0 : COPIESV> table_v;
+#endif
     __device__ __forceinline__ void load(const Params& p, int tid) {
 #pragma unroll
         for (int k = 0; k < SIGNS / THREADS + 1; ++k) {
             const int i = tid + k * THREADS;
             mine[k] = i >= SIGNS ? 0.0f : i < ROTK * DK ? p.plan_k[i] : p.plan_v[i - ROTK * DK];
         }
+#if TRELLIS
+        table_k.load(p.lut_k, tid);
+        table_v.load(p.lut_v, tid);
+#endif
     }
     __device__ __forceinline__ void keep(const Params& p, const Shared& m, int tid) const {
 #pragma unroll
         for (int k = 0; k < SIGNS / THREADS + 1; ++k)
             if (tid + k * THREADS < SIGNS) m.signs[tid + k * THREADS] = mine[k];
 #if TRELLIS
-        if (COPIESK) keep_table(m.luts, p.lut_k, K_TABLE_WORDS, COPIESK, tid);
-        if (COPIESV && !SAME) keep_table(m.luts + K_TABLE_WORDS, p.lut_v, V_TABLE_WORDS, COPIESV, tid);
+        table_k.keep(m.luts, tid);
+        table_v.keep(m.luts + K_TABLE_WORDS, tid);
 #else
         if (BK == 8)
             for (int i = tid; i < 8192; i += THREADS) m.luts[i] = p.lut_k[i >> 5];

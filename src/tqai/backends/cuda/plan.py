@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tqai.backends.cuda.layout import UNIT_DIMS, WIDTHS
-from tqai.backends.cuda.trellis_plan import is_trellis, refuse_trellis, trellis_macros
+from tqai.backends.cuda.trellis_plan import (
+    Forms,
+    is_trellis,
+    most_warps,
+    refuse_trellis,
+    table_bytes,
+    trellis_macros,
+)
 from tqai.core.codec import Codec
 from tqai.core.page import PAGE_TOKENS, PageFormat
 from tqai.core.rotation import hadamard_signs
@@ -60,9 +67,7 @@ LEAST_ON_THEIR_WAY_BYTES = 72 << 10
 """With so many pages for a block or more, one buffer for each warp, its halves fetched apart, is faster than
 two, if a multiprocessor still asks for so much at a time. More than the memory needs to be busy waits in
 queues, and not that of all multiprocessors for as long: blocks then end further apart."""
-MORE_WARPS, MORE_WARPS_HEAD_DIM = 16, 128
-"""For 4-bit trellis codes with as many pages: they wait for integer units and not for memory. Larger head
-dimensions want more registers than so many warps have."""
+TRELLIS_WARPS = (16, 12, 8, 6, 4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -121,31 +126,35 @@ def has_one_lookup(page_format: PageFormat) -> bool:
 
 
 def attention_shared_bytes(
-    page_format: PageFormat, shape: Shape, batch: int, table_bytes: int | None = None
+    page_format: PageFormat, shape: Shape, batch: int, forms: Forms | None = None
 ) -> int:
-    """Dynamic shared memory of one block, bytes; the parts are named in `params.cuh`. `table_bytes` of tables
+    """Dynamic shared memory of one block, bytes; the parts are named in `params.cuh`. `forms` of the tables
     of trellis codes."""
     key, value = page_format.key.spec, page_format.value.spec
     steps = (key.head_dim // UNIT_DIMS + 1) // 2
     value_factors = 2 if value.bits == 8 else 1
     warps = shape.warps
-    passed = value_factors * 544
-    if table_bytes is None:
-        table_bytes = 32768 * ((key.bits == 8) + (value.bits == 8) - has_one_lookup(page_format))
-    else:
+    slot = COLUMNS * (value.head_dim + 8) * 4
+    if forms is None:
+        buffers, barriers = shape.stages * page_format.page_bytes, max(shape.stages, 2)
+        tables = 32768 * ((key.bits == 8) + (value.bits == 8) - has_one_lookup(page_format))
+        passed = value_factors * 544
+    else:  # pages come into registers
+        buffers, barriers = slot, 0
+        tables = table_bytes(page_format, forms)
         passed = 16 * (PAGE_TOKENS + 4)
     signs = ROUNDS[key.rotation] * key.head_dim + ROUNDS[value.rotation] * value.head_dim
     return sum(
         (
-            warps * shape.stages * page_format.page_bytes,
-            table_bytes,
-            COLUMNS * (value.head_dim + 8) * 4 + COLUMNS * 8,
+            warps * buffers,
+            tables,
+            slot + COLUMNS * 8,
             max(warps, 8) * COLUMNS * 8,
             COLUMNS * key.head_dim * 4,
             signs * 4,
             2 * 8 * (32 * steps + 16),
             warps * max(passed, 4 * key.head_dim, 4 * value.head_dim),
-            warps * max(shape.stages, 2) * 8 + 16,
+            warps * barriers * 8 + 16,
             COLUMNS * 4,
             4 * (4 + warps),
             4 * (batch + 1),
@@ -162,17 +171,20 @@ def choose_shape(
     page_format: PageFormat,
     shared_limit_bytes: int,
     batch: int,
-    table_bytes: int | None = None,
+    forms: Forms | None = None,
     one_buffer: bool = False,
+    line: bool = False,
 ) -> Shape | None:
-    """The first of `SHAPES` that fits into a block's shared memory; with `one_buffer` of one stage alone."""
-    sides = (page_format.key.spec.head_dim, page_format.value.spec.head_dim)
-    more = one_buffer and table_bytes == 0 and max(sides) <= MORE_WARPS_HEAD_DIM
-    for warps, stages in ((MORE_WARPS, 1), *SHAPES) if more else SHAPES:
-        if one_buffer and stages > 1:
-            continue
-        shape = Shape(warps, stages)
-        if attention_shared_bytes(page_format, shape, batch, table_bytes) <= shared_limit_bytes:
+    """The first of `SHAPES` that fits into a block's shared memory; with `one_buffer` of one stage alone. For
+    trellis codes, `forms` of their tables, as many warps as fit and have registers enough, of blocks that are
+    cut as a `line` or not."""
+    if forms is not None:
+        most = most_warps(page_format, forms, line)
+        shapes = [Shape(warps, 1) for warps in TRELLIS_WARPS if warps <= most]
+    else:
+        shapes = [Shape(*each) for each in SHAPES if each[1] == 1 or not one_buffer]
+    for shape in shapes:
+        if attention_shared_bytes(page_format, shape, batch, forms) <= shared_limit_bytes:
             return shape
     return None
 

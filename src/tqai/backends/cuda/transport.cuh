@@ -8,14 +8,35 @@ __device__ __forceinline__ void arrive(u64* bar) {
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(shared_address(bar)) : "memory");
 }
 
-#if __CUDA_ARCH__ >= 900
-#define BULK 1
-// By one lane. Pages are read once: they are the first to leave the L2 cache, where queries, tables and
-// results then stay.
-__device__ __forceinline__ void fetch_by_one(u8* stage, const u8* page, u64* bar, u32 bytes = PAGE_BYTES) {
-    u32 b = shared_address(bar);
+// Loads past the first-level cache, by the policy `read_once`: what they bring is the first to leave the second-level cache,
+// where queries, tables and results then stay.
+__device__ __forceinline__ u64 read_once() {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ uint4 stream_four(const u8* from, u64 policy) {
+    uint4 a;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;" : "=r"(a.x), "=r"(a.y), "=r"(a.z), "=r"(a.w) : "l"(from), "l"(policy));
+    return a;
+}
+__device__ __forceinline__ uint2 stream_two(const u8* from, u64 policy) {
+    uint2 a;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;" : "=r"(a.x), "=r"(a.y) : "l"(from), "l"(policy));
+    return a;
+}
+__device__ __forceinline__ u32 stream_one(const u8* from, u64 policy) {
+    u32 a;
+    asm volatile("ld.global.L1::no_allocate.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(a) : "l"(from), "l"(policy));
+    return a;
+}
+
+#if __CUDA_ARCH__ >= 900
+#define BULK 1
+// By one lane.
+__device__ __forceinline__ void fetch_by_one(u8* stage, const u8* page, u64* bar, u32 bytes = PAGE_BYTES) {
+    u32 b = shared_address(bar);
+    const u64 policy = read_once();
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                      shared_address(stage)), "l"(page), "r"(bytes), "r"(b), "l"(policy) : "memory");

@@ -7,11 +7,11 @@
 //     entry w of copy k at byte (w * copies + k) * 4
 //
 // With 32 copies every lane has a bank of its own and a look costs one cycle of the multiprocessor's shared
-// memory, which is what bounds these kernels; fewer copies cost conflicts. An entry is
+// memory; fewer copies cost conflicts. An entry is
 //
-//     one coordinate    its level as float32; the factor of an m16n8k8 product of tf32, as it is
-//     two (PAIR)        levels of the windows at bits s and s + bits, as a pair of bfloat16, for m16n8k16
-//     two (SPLIT)       in two candidates each, as bytes: `trellis_split.cuh`
+//     one coordinate    its level as float32: `trellis_floats.cuh`
+//     two (PAIR)        levels of the windows at bits s and s + bits, as bytes: `trellis_pairs.cuh`
+//     two (SPLIT)       in two candidates each, as bytes: `trellis_split.cuh`, `trellis_split_two.cuh`, `trellis_sums.cuh`
 //
 // Codes of 4 bits need no table: `trellis_parts.cuh`.
 //
@@ -30,6 +30,19 @@ __device__ __forceinline__ u32 load_shared(u32 address) {
     return entry;
 }
 
+// (a & mask) | c by one instruction, which the compiler does not find where it knows c.
+__device__ __forceinline__ u32 masked_or(u32 a, u32 mask, u32 c) {
+    u32 y;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(a), "r"(mask), "r"(c));
+    return y;
+}
+template <u32 AT>
+__device__ __forceinline__ u32 load_shared_at(u32 address) {
+    u32 entry;
+    asm("ld.shared.u32 %0, [%1 + %2];" : "=r"(entry) : "r"(address), "n"(AT));
+    return entry;
+}
+
 // The entry of the window at bit `at`, a constant, of `bits`; at + WINDOW <= 24. The shift of the window to its
 // place in the address and the addition of the copy's address are one fused multiply-add of numbers below 2^24
 // taken for floats, most of them denormal: it is exact, and the unit that does it is otherwise idle.
@@ -40,6 +53,19 @@ __device__ __forceinline__ u32 look_up(u32 bits, int at, float copy) {
     return load_shared(__float_as_uint(multiply_add(bits_float(bits & (((1u << WINDOW) - 1) << at)), shift, copy)));
 }
 
+// The same for a window that begins at bit 7: where a row of entries has 2^7 bytes, and AT is the constant address of the
+// table, the bits are the rest of the address as they stand, but for the lane's copy.
+template <int WINDOW, u32 AT>
+__device__ __forceinline__ u32 look_up_at_7(u32 bits, int lane) { return load_shared_at<AT>(masked_or(bits, ((1u << WINDOW) - 1) << 7, 4 * lane)); }
+
+// Where dynamic shared memory begins if there is no static one: what compilers write into the code. `Query::load` stops
+// the kernel if it is not so.
+#if __CUDA_ARCH__ >= 900
+#define DYNAMIC_AT 1024
+#else
+#define DYNAMIC_AT 0
+#endif
+
 // What lane l adds to a window's place: the address of its copy, as a float. In a cluster the top byte of an
 // address names the block, which a float has no room for: these kernels are launched without.
 template <int COPIES>
@@ -47,32 +73,15 @@ __device__ __forceinline__ float copy_address(const u32* table, int lane) {
     return bits_float(shared_address(table) + 4 * (lane & (COPIES - 1)));
 }
 
-// 32 bits (of which 24 count) of a token's run from bit `at` on. Its run of LENGTH bits begins at bit `from` of
+// 32 bits (of which COUNT count) of a token's run from bit `at` on. Its run of LENGTH bits begins at bit `from` of
 // this lane's words; where it ends, that of the next lane goes on, whose first bits are `next`.
-template <int LENGTH>
+template <int LENGTH, int COUNT = 24>
 __device__ __forceinline__ u32 bits_at(const u32* words, int from, int at, u32 next) {
     const int k = (from + at) >> 5, shift = (from + at) & 31, have = LENGTH - at;
     if (have == 16 && shift % 16 == 0) return __byte_perm(words[k], next, shift ? 0x5432 : 0x5410);
-    u32 x = shift == 0 ? words[k] : shift + (have < 24 ? have : 24) <= 32 ? words[k] >> shift : __funnelshift_r(words[k], words[k + 1], shift);
-    if (have < 24) x = (x & ((1u << have) - 1)) | next << have;
+    u32 x = shift == 0 ? words[k] : shift + (have < COUNT ? have : COUNT) <= 32 ? words[k] >> shift : __funnelshift_r(words[k], words[k + 1], shift);
+    if (have < COUNT) x = (x & ((1u << have) - 1)) | next << have;
     return x;
-}
-
-// Words of a block of N words per lane: planes of 16, then 8, then 4 bytes for each of 32 lanes.
-template <int N>
-__device__ __forceinline__ void load_words(const u8* block, int lane, u32 (&w)[N + 1]) {
-#pragma unroll
-    for (int k = 0; k + 4 <= N; k += 4) {
-        const uint4 a = *(const uint4*)(block + k * 128 + lane * 16);
-        w[k] = a.x; w[k + 1] = a.y; w[k + 2] = a.z; w[k + 3] = a.w;
-    }
-    constexpr int K = N & ~3;
-    if constexpr (N & 2) {
-        const uint2 a = *(const uint2*)(block + K * 128 + lane * 8);
-        w[K] = a.x; w[K + 1] = a.y;
-    }
-    if constexpr (N & 1) w[N - 1] = *(const u32*)(block + (N - 1) * 128 + lane * 4);
-    w[N] = 0;  // what follows the last word is never among the bits that count
 }
 
 // One side of a page as the lanes of a warp hold it; `trellis_layout.py` has the picture.
@@ -80,7 +89,7 @@ template <int DIM, int BITS, int STATE_BITS, bool IS_PAIR, int PARTS>
 struct Runs {
     static constexpr int DIMS = DIM / PARTS;                               // coordinates of a run: one token, one lane
     static constexpr int LENGTH = DIMS * BITS;                             // bits
-    static constexpr int STEP = IS_PAIR ? 2 : 1;                           // coordinates of a look
+    static constexpr int BITS_OF_CODE = BITS;
     static constexpr int WINDOW = BITS + STATE_BITS + (IS_PAIR ? BITS : 0);
     static constexpr int TOKENS = 64 * PARTS / 32;                         // runs of a lane
     static constexpr int LEAST = PARTS == 4 ? 2 : 4;                       // runs that are needed at a time
@@ -96,14 +105,16 @@ struct Runs {
     }
 };
 
-__device__ __forceinline__ void mma_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+// Bits of run r of a block's words and of what it goes on with, GRAIN apart.
+template <class R>
+__device__ __forceinline__ void split_run(const u32* words, int r, int neighbour, u32 (&bits)[R::LENGTH / R::GRAIN + 1]) {
+    const u32 next = __shfl_sync(FULL, R::head(words, r), neighbour);
+#pragma unroll
+    for (int at = 0; at < R::LENGTH; at += R::GRAIN) bits[at / R::GRAIN] = bits_at<R::LENGTH>(words, r * R::LENGTH, at, next);
 }
 
-__device__ __forceinline__ void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+// The entry of dimension d, a constant, of a run so taken apart.
+template <class R, int COPIES>
+__device__ __forceinline__ u32 look_up(const u32 (&bits)[R::LENGTH / R::GRAIN + 1], int d, float copy) {
+    return look_up<R::WINDOW, COPIES>(bits[d * R::BITS_OF_CODE / R::GRAIN], d * R::BITS_OF_CODE % R::GRAIN, copy);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,8 +17,10 @@ from tqai.core.trellis_code import TrellisCode, trellis_code
 __all__ = [
     "PARTS",
     "Form",
+    "Forms",
     "is_trellis",
     "level_unit",
+    "most_warps",
     "refuse_trellis",
     "table",
     "table_bytes",
@@ -29,7 +32,7 @@ __all__ = [
 WINDOW_BITS = 15
 """A table has at most 2**15 entries with all its copies, 128 KiB."""
 REGISTER_BITS = 24
-RING_BYTES = 64 * 1024
+OTHER_BYTES = 64 * 1024
 """What a block wants of shared memory beside its tables."""
 
 
@@ -43,6 +46,8 @@ class Form(NamedTuple):
     split: bool = False
 
 
+Forms = tuple[Form, Form]
+"""For keys and for values."""
 PARTS = Form(False, 0)
 """Levels in two parts, looked up in registers (`trellis_parts.cuh`)."""
 
@@ -78,8 +83,9 @@ def _code(codec: Codec) -> TrellisCode:
 
 
 def _entry_bits(codec: Codec, form: Form) -> int:
-    further = 1 if form.split else codec.spec.bits if form.pair else 0
-    return _code(codec).window_bits + further
+    if form.split:
+        return 8 if codec.spec.bits == 2 else 10
+    return _code(codec).window_bits + (codec.spec.bits if form.pair else 0)
 
 
 def _bytes(codec: Codec, form: Form) -> int:
@@ -96,11 +102,12 @@ def _cost(codec: Codec, form: Form) -> float:
     return {32: 1.0, 16: 2.0, 8: 3.0}[form.copies] / (2 if form.pair else 1)
 
 
-def _forms(codec: Codec) -> list[Form]:
+def _forms(codec: Codec, values: bool = False) -> list[Form]:
+    """`values`: for a table that keys do not read."""
     if codec.spec.bits == 4:
         return [PARTS]
     found = []
-    for pair in (False, True):
+    for pair in (False, True) if codec.spec.bits <= 2 else (False,):
         for copies in (32, 16, 8):
             form = Form(pair, copies)
             window = _entry_bits(codec, form)
@@ -109,7 +116,8 @@ def _forms(codec: Codec) -> list[Form]:
             furthest = (8 if odd and window > 9 else 16) - (1 if odd else bits * (1 + pair))
             if furthest + window <= REGISTER_BITS and _bytes(codec, form) <= 4 << WINDOW_BITS:
                 found.append(form)
-    if codec.spec.bits == 3 and codec.spec.name == "trellis":
+    few, by_eight = codec.spec.name == "trellis", codec.spec.head_dim % 64 == 0
+    if {3: few or by_eight, 2: few and by_eight and values}.get(codec.spec.bits):
         found.append(Form(False, 32, True))
     return found
 
@@ -120,13 +128,13 @@ def _shared(page_format: PageFormat) -> bool:
 
 
 @lru_cache(maxsize=256)
-def table_forms(page_format: PageFormat, shared_limit_bytes: int) -> tuple[Form, Form] | None:
+def table_forms(page_format: PageFormat, shared_limit_bytes: int) -> Forms | None:
     """The forms for keys and values that cost least among those that leave room for pages, or None."""
-    room = shared_limit_bytes - RING_BYTES
+    room = shared_limit_bytes - OTHER_BYTES
     if _shared(page_format):
         pairs = [(form, form) for form in _forms(page_format.key)]
     else:
-        pairs = [(k, v) for k in _forms(page_format.key) for v in _forms(page_format.value)]
+        pairs = [(k, v) for k in _forms(page_format.key) for v in _forms(page_format.value, True)]
     fitting = [pair for pair in pairs if table_bytes(page_format, pair) <= room]
     return min(
         fitting,
@@ -138,13 +146,21 @@ def table_forms(page_format: PageFormat, shared_limit_bytes: int) -> tuple[Form,
     )
 
 
-def table_bytes(page_format: PageFormat, forms: tuple[Form, Form]) -> int:
+def table_bytes(page_format: PageFormat, forms: Forms) -> int:
     """Shared memory of the tables of a block."""
     key = _bytes(page_format.key, forms[0])
     return key if _shared(page_format) else key + _bytes(page_format.value, forms[1])
 
 
-def table_macros(page_format: PageFormat, forms: tuple[Form, Form]) -> dict[str, int]:
+def most_warps(page_format: PageFormat, forms: Forms, line: bool) -> int:
+    """Warps of a block that have registers enough for a page on its way, the work on one and, with `line`
+    (`attend_line.cu`), the way along it."""
+    if line or max(page_format.key.spec.head_dim, page_format.value.spec.head_dim) > 128:
+        return 8
+    return 16 if forms[0].pair and forms[1].pair else 12
+
+
+def table_macros(page_format: PageFormat, forms: Forms) -> dict[str, int]:
     """Macros of the attention kernel alone."""
     key, value = forms
     parts: dict[str, int] = {}
@@ -180,25 +196,45 @@ def _part_macros(code: TrellisCode, side: str) -> dict[str, int]:
 
 
 def table(codec: Codec, form: Form) -> NDArray[np.uint32]:
-    """Entries of all windows: the level as float32, the levels of two neighbours as bfloat16, the first one
-    in the low half, or several levels as bytes (`trellis_split.cuh`); none for `PARTS`. Levels are whole
-    numbers; `level_unit` is what one is worth."""
+    """Entries of all windows: the level as float32, the levels of two neighbours as bytes, or those of their
+    candidates (`trellis_pairs.cuh`, `trellis_split.cuh`); none for `PARTS`. Levels are whole numbers;
+    `level_unit` is what one is worth."""
     code = _code(codec)
     if form == PARTS:
         return np.empty(0, dtype=np.uint32)
     if form.split:
         middle = np.arange(1 << _entry_bits(codec, form)) << 1
         choices = np.arange(2)[:, None]
-        first = middle & 0x1FF | choices ^ middle >> 3 & 1
-        second = (middle | (choices ^ middle >> 8 & 1) << 11) >> 3
-        found = code.window_levels[np.concatenate([first, second])]
+        apart = 3 if code.bits == 3 else 1
+        first = middle | choices ^ middle >> apart & 1
+        second = middle | (choices ^ middle >> 8 & 1) << (8 + apart)
+        if code.state_bits == 6:
+            windows = np.concatenate([first & (1 << code.window_bits) - 1, second >> code.bits])
+            found = code.window_levels[windows]
+        else:
+            found = _levels_by_sums(code)[np.concatenate([first & 63, second >> 6])]
         return np.ascontiguousarray(found.T).view(np.uint32).reshape(-1)
-    levels = code.window_levels.astype(np.float32).view(np.uint32)
     if not form.pair:
-        return levels
+        return code.window_levels.astype(np.float32).view(np.uint32)
     windows = np.arange(1 << (code.window_bits + code.bits))
-    first, second = levels[windows & (len(levels) - 1)], levels[windows >> code.bits]
-    return np.asarray(first >> 16 | second & np.uint32(0xFFFF0000), dtype=np.uint32)
+    entries = np.zeros((len(windows), 4), dtype=np.int8)
+    entries[:, 0] = code.window_levels[windows & ((1 << code.window_bits) - 1)]
+    entries[:, 1] = code.window_levels[windows >> code.bits]
+    return entries.view(np.uint32).reshape(-1)
+
+
+SUMS = (0b10010001110, 0b100000100, 0b1000001000, 1 << 4, 1 << 5, 1 << 6)
+"""Of bits of a window of 3 bits and 256 states: x0 to x5 of `trellis_sums.cuh`."""
+
+
+def _levels_by_sums(code: TrellisCode) -> NDArray[np.int8]:
+    """int8 `[64]`: levels by what `SUMS` makes of a window, which is all that they depend on."""
+    sums = replace(code, rows=SUMS).mixed(np.arange(1 << code.window_bits))
+    found = np.empty(1 << len(SUMS), dtype=np.int8)
+    found[sums] = code.window_levels
+    if not np.array_equal(found[sums], code.window_levels):
+        raise ValueError("trellis_sums.cuh is for another code")
+    return found
 
 
 def level_unit(codec: Codec) -> float:

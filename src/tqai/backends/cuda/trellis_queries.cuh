@@ -3,7 +3,7 @@
 //
 //     turned   [column][DK + 4], where the scalar codes' `qbytes` lie
 
-// or, for levels as bytes (`trellis_split.cuh`, `trellis_parts.cuh`), as two int8 parts:
+// or, for levels as bytes (`trellis_pairs.cuh`, `trellis_split.cuh`, `trellis_parts.cuh`), as two int8 parts:
 //
 //     qbytes   [2 * column + part][QBYTES_ROW], part 0 high; the bytes of a quarter as the keys' come
 
@@ -31,8 +31,7 @@ __device__ __forceinline__ void take_query(const Params& p, const Shared& m, Raw
     float top = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; ++i) top = max_nan(top, fabsf(x[i]));
-#pragma unroll 1
-    for (int o = 1; o < 32; o *= 2) top = max_nan(top, __shfl_xor_sync(FULL, top, o));
+    top = max_of_warp(top);
     float scale = top > 0.0f ? 1.0f / top : 1.0f;
     if (!(scale < 1.0e30f)) scale = top > 0.0f ? 1.0e30f : scale;
     const float turned = p.scaling < 0.0f ? -scale : scale;
@@ -61,21 +60,24 @@ __device__ __forceinline__ void take_query(const Params& p, const Shared& m, Raw
     if (lane == 0) arrive(m.ready + 1);
 }
 
-// Of a number's high part what is left over, or all of it: what a tensor core is given of it. It reads the top
-// 19 bits (tf32) or 16 (bfloat16), so that `all` is the high part.
-__device__ __forceinline__ float part_of(float x, u32 high_bits) { return x - bits_float(__float_as_uint(x) & high_bits); }
-#define HIGH_BITS(is_pair) ((is_pair) ? 0xffff0000u : 0xffffe000u)
+// A number's high part, which is all that a tensor core reads of it as tf32, or, with `high` the mask of that, what is left
+// over.
+#define TF32_BITS 0xffffe000u
+__device__ __forceinline__ u32 part_of(float x, u32 high) { return __float_as_uint(x - bits_float(__float_as_uint(x) & high)) & TF32_BITS; }
 
 // B fragments of the queries, as one lane holds them: column g / 2, part g % 2 (0 high, 1 low), and the
 // dimensions of the runs of lane c of each four.
 struct Query {
-    u32 b[BYTESK ? DK / 16 : PAIRK ? DK / 8 : DK / 4];
+    u32 b[BYTESK ? DK / 16 : DK / 4];
 #if PARTSK
     int without_bias[2];  // of column c, what a key's product with both parts begins with (`trellis_parts.cuh`)
 #endif
     float scale;  // of a logit: to base 2, or, with a soft cap, to the argument of its exponential
 
     __device__ __forceinline__ void load(const Params& p, const Shared& m, int g, int c) {
+#if SPLITK || SPLITV
+        if (shared_address(m.ring) != DYNAMIC_AT) __trap();
+#endif
 #if BYTESK
         const u32* row = (const u32*)(m.qbytes + g * QBYTES_ROW + c * (DK / 4));
 #pragma unroll
@@ -89,21 +91,14 @@ struct Query {
 #endif
 #else
         const float* row = (const float*)m.qbytes + (g >> 1) * TURNED_PITCH + c * (DK / 4);
-        const u32 high = g & 1 ? HIGH_BITS(PAIRK) : 0;
+        const u32 high = g & 1 ? TF32_BITS : 0;
 #pragma unroll
         for (int i = 0; i < DK / 4; i += 4) {
             const float4 f = *(const float4*)(row + i);
-            const u32 x = __float_as_uint(part_of(f.x, high)), y = __float_as_uint(part_of(f.y, high));
-            const u32 z = __float_as_uint(part_of(f.z, high)), w = __float_as_uint(part_of(f.w, high));
-            if (PAIRK) {
-                b[i / 2] = __byte_perm(x, y, 0x7632);
-                b[i / 2 + 1] = __byte_perm(z, w, 0x7632);
-            } else {
-                b[PAIRK ? 0 : i] = x & 0xffffe000u;
-                b[PAIRK ? 0 : i + 1] = y & 0xffffe000u;
-                b[PAIRK ? 0 : i + 2] = z & 0xffffe000u;
-                b[PAIRK ? 0 : i + 3] = w & 0xffffe000u;
-            }
+            b[i] = part_of(f.x, high);
+            b[i + 1] = part_of(f.y, high);
+            b[i + 2] = part_of(f.z, high);
+            b[i + 3] = part_of(f.w, high);
         }
 #endif
 #if SOFTCAP
