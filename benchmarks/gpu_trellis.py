@@ -34,6 +34,7 @@ from tqai.backends.cuda.attention import Exact, attend_pages
 from tqai.core.codec import CodecSpec, make_codec
 from tqai.core.page import PAGE_TOKENS, PageFormat
 
+RESULTS = Path(__file__).parent / "results" / "gpu_trellis.json"
 BY_HAND = ("profile", "tried")
 ATTENTION = (
     ("scalar", 2),
@@ -219,12 +220,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="attention,encode,prefill")
     parser.add_argument("--commit")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu_trellis.json")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     backend = CudaBackend()
     parts = arguments.parts.split(",")
-    earlier = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
+    earlier = json.loads(RESULTS.read_text("utf-8"))
     report: dict[str, Any] = {"where": gpu_provenance(arguments.commit)}
     report |= {part: earlier[part] for part in BY_HAND if part in earlier}
 
