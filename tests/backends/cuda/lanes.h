@@ -1,5 +1,5 @@
-// Lets a C++ compiler build a kernel for one warp on the CPU: 32 lanes that take turns at every exchange between
-// them. What the kernel includes of PTX is replaced by `lanes.py`; __CUDA_ARCH__ is not defined.
+// Lets a C++ compiler build a kernel on the CPU: the lanes of a block take turns at every exchange between them, so
+// all warps wait for each other wherever one would. What the kernel includes of PTX is replaced by `lanes.py`; __CUDA_ARCH__ is not defined.
 #include <ucontext.h>
 
 #include <cmath>
@@ -59,11 +59,13 @@ unsigned of_halves(unsigned a, unsigned b, Operation operation) {
 }
 
 // ---- The lanes. Each runs until it exchanges something; then the next one, until all have come so far.
-static ucontext_t host, lanes[32];
-static unsigned exchanged[32];
+constexpr int MOST_LANES = 256;
+static ucontext_t host, lanes[MOST_LANES];
+static unsigned exchanged[MOST_LANES];
 static int running;
 inline void wait_for_all() { swapcontext(&lanes[running], &host); }
 inline void __syncwarp() { wait_for_all(); }
+inline void __syncthreads() { wait_for_all(); }
 inline float __shfl_xor_sync(unsigned, float x, int other) {
     exchanged[running] = __float_as_uint(x);
     wait_for_all();
@@ -74,7 +76,7 @@ inline float __shfl_xor_sync(unsigned, float x, int other) {
 inline unsigned __shfl_sync(unsigned, unsigned x, int from) {
     exchanged[running] = x;
     wait_for_all();
-    const unsigned got = exchanged[from];
+    const unsigned got = exchanged[(running & ~31) | from];
     wait_for_all();
     return got;
 }

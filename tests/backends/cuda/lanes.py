@@ -1,4 +1,4 @@
-"""Kernels of one warp, built for the CPU: their own text, with the few lines of PTX replaced."""
+"""Kernels of few warps, built for the CPU: their own text, with the few lines of PTX replaced."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ static void one_lane() {
     ENTRY(*(const PARAMS*)given);
     finished = true;
 }
-extern "C" int run(const void* params, unsigned char* shared, int blocks) {
-    static unsigned char stacks[32][1 << 18];
+extern "C" int run(const void* params, unsigned char* shared, int blocks, int threads) {
+    static unsigned char stacks[MOST_LANES][1 << 18];
     given = params;
     emulated_shared = shared;
     gridDim.x = blocks;
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-        for (int i = 0; i < 32; ++i) {
+        for (int i = 0; i < threads; ++i) {
             getcontext(&lanes[i]);
             lanes[i].uc_stack.ss_sp = stacks[i];
             lanes[i].uc_stack.ss_size = sizeof stacks[i];
             lanes[i].uc_link = &host;
             makecontext(&lanes[i], one_lane, 0);
         }
-        for (int ended = 0; ended < 32;) {
+        for (int ended = 0; ended < threads;) {
             ended = 0;
-            for (running = 0; running < 32; ++running) {
+            for (running = 0; running < threads; ++running) {
                 threadIdx.x = running;
                 finished = false;
                 swapcontext(&host, &lanes[running]);
                 ended += finished;
             }
-            if (ended > 0 && ended < 32) return 1;  // lanes that part ways would wait for ever on a GPU
+            if (ended > 0 && ended < threads) return 1;  // lanes that part ways would wait for ever on a GPU
         }
     }
     return 0;
@@ -68,8 +68,8 @@ def built(
     directory: Path,
     replaced: dict[str, str] | None = None,
 ) -> ctypes.CDLL:
-    """The library of a kernel file with a function `run(params, shared memory, blocks)`; `replaced` are the
-    bodies of functions that this file alone has."""
+    """The library of a kernel file with a function `run(params, shared memory, blocks, threads)`; `replaced`
+    are the bodies of functions that this file alone has."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")

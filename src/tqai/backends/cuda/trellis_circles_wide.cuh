@@ -1,5 +1,5 @@
-// The best circles of 64 tokens through 256 states by one warp: of two tokens (t and t + 32) at a time, with the path
-// sums in shared memory, eight new ones for each lane. Two of each, so that a step need only wait once:
+// The best circles of 64 tokens through 256 states by four warps: of two tokens (t and t + 32) at a time by each, with
+// the path sums in its shared memory, eight new ones for each lane. Two of each, so that a step need only wait once:
 //
 //     sums        [2][STATES]    as states are numbered: the K that a group comes from lie side by side
 //     distance    [2][LEVELS]    to the target of a step
@@ -16,9 +16,9 @@
 #define NEW 8
 #define IN_GROUP (NEW / PER_LANE)  // new states that a lane has of a group
 #define TILE_STEPS 16
-#define TILE_WORDS (TILE_STEPS * 64)
-#define STEP_BYTES 256
-#define MORE_WORDS (2 * STATES + 2 * LEVELS)
+#define KEPT_WORDS (TILE_STEPS * 64)  // decisions on the way back
+#define TILE_WORDS (KEPT_WORDS + 2 * STATES + 2 * LEVELS)
+#define STEP_BYTES (WARPS * 256)
 static_assert(STATES == 256 && IN_GROUP <= CHOICES, "eight new states for each lane");
 
 __device__ __forceinline__ int group_of(int lane, int j) { return GROUPS < 32 ? lane % GROUPS : lane + 32 * (j / IN_GROUP); }
@@ -39,7 +39,7 @@ __device__ __forceinline__ u32 least_of_warp(u32 x) {
 // One way around from dimension `from` on: `steps` steps, of which the decisions from step `kept_from` on are kept.
 // Sums begin in sums[0] and end in the registers `best`, where their low bits are those of the last decision.
 __device__ __forceinline__ void go_around(const TrellisParams& p, const Lane& m, int pair, int from, int steps, int kept_from, uint2* decisions, u32 (&best)[NEW]) {
-    u32 *sums = m.tile + TILE_WORDS, *distance = sums + 2 * STATES;
+    u32 *sums = m.tile + KEPT_WORDS, *distance = sums + 2 * STATES;
     // where this lane's windows have their distances
     int index[NEW][CHOICES];
 #pragma unroll
@@ -68,7 +68,7 @@ __device__ __forceinline__ void go_around(const TrellisParams& p, const Lane& m,
         u32* fresh = sums + (odd ^ 1) * STATES;
 #pragma unroll
         for (int j = 0; j < NEW; ++j) {
-            best[j] -= least;
+            best[j] = held(best[j] - least);
             const int state = GROUPS * row_of(m.lane, j) + group_of(m.lane, j);
             fresh[state] = (best[j] & ~LOW) | (state & (CHOICES - 1)) * 0x10001u;
         }
@@ -112,7 +112,7 @@ __device__ __forceinline__ void way_back(const TrellisParams& p, const Lane& m, 
                         const float level = __ldg(p.window_levels + window);
                         product[h] = fmaf(t[h], level, product[h]);
                         square[h] = fmaf(level, level, square[h]);
-                        codes |= k << (8 * h);
+                        codes |= k << (16 * h);
                     }
                 }
                 if (final) *at = codes;
@@ -122,12 +122,14 @@ __device__ __forceinline__ void way_back(const TrellisParams& p, const Lane& m, 
     __syncwarp();
 }
 
-// Codes in place of the targets, and what the scales of this lane's tokens are made of.
-__device__ __forceinline__ void take_circles(const TrellisParams& p, const Lane& m, uint4* kept, float (&product)[2], float (&square)[2]) {
-    uint2* decisions = (uint2*)kept;
-    u32* sums = m.tile + TILE_WORDS;
+// Codes in place of the targets, and what the scale of the lane's token is made of.
+__device__ __forceinline__ void take_circles(const TrellisParams& p, const Lane& m, uint4* kept, float& product, float& square) {
+    constexpr int STEPS = D > SEAM_STEPS ? D : SEAM_STEPS;
+    uint2* decisions = (uint2*)kept + m.warp * (STEPS * 32);
+    u32* sums = m.tile + KEPT_WORDS;
 #pragma unroll 1
-    for (int pair = 0; pair < 32; ++pair) {
+    for (int i = 0; i < WARP_TOKENS / 2; ++i) {
+        const int pair = m.warp * (WARP_TOKENS / 2) + i;
         int state[2] = {0, 0};
         float its_product[2], its_square[2];
         // First around the seam for the state there, then the circle through it.
@@ -135,11 +137,11 @@ __device__ __forceinline__ void take_circles(const TrellisParams& p, const Lane&
         for (int pass = 0; pass < 2; ++pass) {
 #pragma unroll
             for (int j = 0; j < NEW; ++j) {
-                const int i = m.lane + 32 * j;
+                const int its = m.lane + 32 * j;
                 u32 start = UNREACHABLE * 0x10001u;
-                if (state[0] == i) start &= 0xffff0000u;
-                if (state[1] == i) start &= 0x0000ffffu;
-                sums[i] = (pass ? start & ~LOW : 0) | (i & (CHOICES - 1)) * 0x10001u;
+                if (state[0] == its) start &= 0xffff0000u;
+                if (state[1] == its) start &= 0x0000ffffu;
+                sums[its] = (pass ? start & ~LOW : 0) | (its & (CHOICES - 1)) * 0x10001u;
             }
             u32 best[NEW];
             const int steps = pass ? D : 2 * SEAM_STEPS, from = pass ? 0 : (D - SEAM_STEPS % D) % D;
@@ -169,9 +171,9 @@ __device__ __forceinline__ void take_circles(const TrellisParams& p, const Lane&
         for (int h = 0; h < 2; ++h) {
             const float a = bits_float(__shfl_sync(FULL, __float_as_uint(its_product[h]), 0));
             const float b = bits_float(__shfl_sync(FULL, __float_as_uint(its_square[h]), 0));
-            if (m.lane == pair) {
-                product[h] = a;
-                square[h] = b;
+            if (m.token() == pair + 32 * h) {
+                product = a;
+                square = b;
             }
         }
     }

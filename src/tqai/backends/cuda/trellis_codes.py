@@ -88,8 +88,8 @@ def encode_trellis_pages(
     """Compress `[pages, kv_heads, 64, head_dim]` into contiguous `out`, uint8 `[pages, kv_heads,
     page_bytes]`.
 
-    The last axis of the inputs is contiguous. Memory beside that: 32 to 512 KiB for each warp that is under
-    way, at most 8 on a multiprocessor.
+    The last axis of the inputs is contiguous. Memory beside that: 128 to 512 KiB for each page side that
+    is under way, at most 4 on a multiprocessor.
     """
     if _kernel_encodes(page_format, keys.dtype, keys.device):
         _encode_by_kernel(keys, values, page_format, out)

@@ -8,9 +8,10 @@
 // 0: the winner brings its k along, and between equals the lowest wins.
 //
 //     distance   of target and level, squared, UNIT to the square of a level, less what all levels have in common
-//                (`Targets`), at most MOST; a multiple of K
-//     sums       less the least of them, taken off after every step, or after every second one; they never
-//                exceed (steps to get from any state to any other + 2) * MOST < 2^16
+//                (`Targets`), at most MOST; a multiple of K. Where a target is beyond most levels nearly all of them
+//                are MOST away: it must be far more than a good path costs, or a path gives the target up
+//     sums       less the least of them, as of this step or the one before; at most CEILING. Where MOST is small none
+//                ever comes so far: they do not exceed (steps to get from any state to any other + 2) * MOST
 
 #define STATES (1 << BITS_OF_STATE)
 #define CHOICES (1 << BITS)
@@ -19,11 +20,14 @@
 #define SEAM_STEPS 64
 #define LOW ((CHOICES - 1) * 0x10001u)
 #define CROSSING ((BITS_OF_STATE - 1 + BITS) / BITS)  // steps from any state to any other
-#define UNREACHABLE (CROSSING * MOST + 256)
+#define CEILING (65536 - CHOICES - MOST)  // a distance more, and a decision, are still below 2^16
+#define IS_HELD ((CROSSING + 2) * MOST > CEILING + MOST)  // sums to CEILING
+#define UNREACHABLE (IS_HELD ? CEILING : CROSSING * MOST + 256)
 #define UNIT (UNIT_EIGHTHS / 8.0f)
 #define OUTERMOST 127.0f  // level
+#define SHRINK sqrtf(UNIT / MOST)  // of targets and levels
 static_assert(MOST / CHOICES < 2048, "of halves below 2^-13 the bits are the number");
-static_assert(UNREACHABLE + CROSSING * MOST < 65536 - CHOICES && (CROSSING + 2) * MOST < 65536, "sums have 16 bits");
+static_assert(CEILING % CHOICES == 0 && (IS_HELD ? CEILING >= MOST : UNREACHABLE + CROSSING * MOST <= CEILING + MOST), "sums have 16 bits");
 
 __device__ __forceinline__ int bit_of(int window, int row, int j) { return (__popc(window & row) & 1) << j; }
 __device__ __forceinline__ int index_of(int window) {
@@ -50,6 +54,8 @@ __device__ __forceinline__ u32 add2(u32 a, u32 b) {
     return c;
 }
 
+__device__ __forceinline__ u32 held(u32 sums) { return IS_HELD ? least2(sums, CEILING * 0x10001u) : sums; }
+
 // Two numbers of float16 at a time; denormal ones count.
 __device__ __forceinline__ u32 add_halves(u32 a, u32 b) {
     u32 c;
@@ -67,20 +73,34 @@ __device__ __forceinline__ u32 times_halves_below_one(u32 a, u32 b) {
     return c;
 }
 
-// Two targets as distances are made of them, times sqrt(UNIT / MOST): within the levels, and as far beyond that
-// twice the excess is added. (t - L)^2 less what is the same for all levels L is d (d + 2 o), d = inner - L,
-// o = excess; both factors have one sign.
+__device__ __forceinline__ u32 least_halves(u32 a, u32 b) {
+    u32 c;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+__device__ __forceinline__ u32 most_halves(u32 a, u32 b) {
+    u32 c;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+__device__ __forceinline__ u32 twice_less_halves(u32 a, u32 b) {
+    u32 c;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(c) : "r"(a), "r"(0x40004000u), "r"(b ^ 0x80008000u));
+    return c;
+}
+
+// Two targets as distances are made of them, times SHRINK: within the levels, and as far beyond that twice the excess is
+// added. (t - L)^2 less what is the same for all levels L is d (d + 2 o), d = inner - L, o = excess; both factors have
+// one sign. An excess counts up to BEYOND, so that levels next to the outermost ones are still less than MOST away.
 struct Targets {
     u32 inner, outer;
     __device__ __forceinline__ explicit Targets(u32 word) {
-        inner = outer = 0;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const float t = half_float((u16)(word >> (16 * h))), shrink = sqrtf(UNIT / MOST);
-            const float limit = fminf(fmaxf(t, -OUTERMOST), OUTERMOST);
-            inner |= (u32)float_half(limit * shrink) << (16 * h);
-            outer |= (u32)float_half((t + t - limit) * shrink) << (16 * h);
-        }
+        inner = between(word, OUTERMOST);
+        outer = twice_less_halves(between(word, OUTERMOST + BEYOND), inner);
+    }
+    __device__ __forceinline__ static u32 between(u32 word, float level) {
+        const u32 most = float_half(level * SHRINK) * 0x10001u;
+        return most_halves(least_halves(word, most), most ^ 0x80008000u);
     }
     // To the level of which `less` is the negative.
     __device__ __forceinline__ u32 distances(u32 less) const {
@@ -94,4 +114,3 @@ __device__ __forceinline__ void two_targets(u32 word, float& t0, float& t1) {
     t0 = half_float((u16)word);
     t1 = half_float((u16)(word >> 16));
 }
-

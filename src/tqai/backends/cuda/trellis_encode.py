@@ -1,4 +1,4 @@
-"""Launches the Viterbi kernel (`trellis_encode.cu`): trellis codes, one warp for a page side."""
+"""Launches the Viterbi kernel (`trellis_encode.cu`): trellis codes, one block for a page side."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tqai.backends.cuda.code_params import DTYPE_NAMES
 from tqai.backends.cuda.driver import kernel
@@ -17,33 +18,41 @@ from tqai.core.page import PAGE_TOKENS, PageFormat
 from tqai.core.trellis import STATES
 from tqai.core.trellis_code import TrellisCode, trellis_code
 from tqai.core.viterbi import SEAM_STEPS
+from tqai.errors import BackendError
 
 __all__ = [
     "decision_bytes",
     "encode_macros",
     "encode_params",
     "encode_shared_bytes",
+    "encode_threads",
     "launch_encoder",
     "less_levels",
 ]
 
-BLOCKS_PER_MULTIPROCESSOR = 8
-TILE_STEPS = {6: 4, 8: 16}
-"""By bits of the state."""
+WARPS = {6: 4, 8: 8}
+"""Of a block, which takes one side of a page; by bits of the state."""
+BLOCKS = {6: 4, 8: 2}
+"""On a multiprocessor, likewise."""
+QUARTERS = {1: (1, 4), 2: (6, 8), 3: (1, 2), 4: (17, 34)}
+"""By bits of a code: of which bits of a state the sums (exclusive or) are the two bits of its quarter in
+`trellis_circles.cuh`."""
 
 
 class Units(NamedTuple):
-    """Of distances: UNIT (eighths of it) and MOST of the kernel."""
+    """Of distances: UNIT (eighths of it), MOST and BEYOND (levels) of the kernel."""
 
     eighths: int
     most: int
+    beyond: int
 
 
 UNITS = {
-    6: {1: Units(1, 4080), 2: Units(8, 8160), 3: Units(40, 16000), 4: Units(128, 16000)},
-    8: {1: Units(1, 4064), 2: Units(8, 8144), 3: Units(32, 10800), 4: Units(128, 16000)},
+    6: {1: Units(1, 4080, 1000), 2: Units(4, 8160, 1000), 3: Units(20, 16000, 20), 4: Units(96, 32752, 10)},
+    8: {1: Units(1, 4064, 1000), 2: Units(4, 8144, 1000), 3: Units(20, 16000, 20), 4: Units(96, 32752, 10)},
 }
-"""By bits of the state and of a code: as `trellis_distance.cuh` has room for."""
+"""By bits of the state and of a code: as `trellis_distance.cuh` has room for. A larger unit is finer (4 bits:
+128 has 0.02 % less error than 96), a smaller one leaves room for targets far from most levels."""
 
 
 class Side(ctypes.Structure):
@@ -86,20 +95,25 @@ def _code(codec: Codec) -> TrellisCode:
 
 
 @lru_cache(maxsize=16)
-def _cover(code: TrellisCode) -> int:
-    """COVER of the kernel: of the windows (P r + p) K + k of a group p, so many r have all of its levels; 0
-    if a level is in several groups."""
-    choices = 1 << code.bits
-    groups = (1 << code.state_bits) // choices
-    index = np.asarray(code.mixed(np.arange(1 << code.window_bits)))
-    by_group = index.reshape(choices, groups, choices).transpose(1, 0, 2)  # [p, r, k]
-    if sum(len(np.unique(group)) for group in by_group) > len(code.levels):
-        return 0
-    return next(
-        n
-        for n in range(1, choices + 1)
-        if all(len(np.unique(group[:n])) == len(np.unique(group)) for group in by_group)
-    )
+def _apart(code: TrellisCode) -> tuple[int, int]:
+    """APART0 and APART1 of the kernel: of which bits of a level's index the sums (exclusive or) are 0 for all
+    windows of quarter 0.
+
+    Raises:
+        BackendError: quarters have levels in common.
+    """
+    windows = np.arange(1 << code.window_bits)
+    first, second = (_odd(windows >> code.bits & mask) for mask in QUARTERS[code.bits])
+    index = np.unique(np.asarray(code.mixed(windows))[~(first | second)])
+    masks = [mask for mask in range(1, len(code.levels)) if not _odd(index & mask).any()]
+    if len(masks) != 3:
+        raise BackendError(f"trellis codes of {code.bits} bits: quarters of the states have levels in common")
+    return masks[0], masks[1]
+
+
+def _odd(numbers: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Whether so many bits are set."""
+    return np.array([number.bit_count() % 2 == 1 for number in numbers.tolist()])
 
 
 def less_levels(codec: Codec) -> list[int]:
@@ -115,16 +129,21 @@ def encode_macros(codec: Codec, dtype: str) -> dict[str, int]:
     code, spec = _code(codec), codec.spec
     rows = (*code.rows, 0)[:7]
     units = UNITS[code.state_bits][code.bits]
+    apart = _apart(code) if code.state_bits == 6 else (0, 0)
     return {
         "HEAD_DIM": spec.head_dim,
         "CODE_BITS": spec.bits,
         "BITS_OF_STATE": code.state_bits,
         "UNIT_EIGHTHS": units.eighths,
         "MOST": units.most,
+        "BEYOND": units.beyond,
         "HADAMARD_ROUNDS": ROUNDS[spec.rotation],
         "DTYPE": DTYPES[dtype],
         "INDEX_BITS": len(code.rows),
-        "COVER": _cover(code) if code.state_bits == 6 else 0,
+        "WARPS": WARPS[code.state_bits],
+        "BLOCKS": BLOCKS[code.state_bits],
+        "APART0": apart[0],
+        "APART1": apart[1],
         **{f"ROW{j}": row for j, row in enumerate(rows)},
         # device.cuh wants a page format; the kernel is told places instead
         "DK": spec.head_dim,
@@ -134,25 +153,21 @@ def encode_macros(codec: Codec, dtype: str) -> dict[str, int]:
     }
 
 
-def _step_bytes(codec: Codec) -> int:
-    """Of the decisions of a step."""
-    if STATES[codec.spec.name] == 8:
-        return 256
-    bits = 4 if codec.spec.bits == 3 else codec.spec.bits
-    return (64 * bits // 16) * 128
+def encode_threads(codec: Codec) -> int:
+    """Of a block."""
+    return 32 * WARPS[_code(codec).state_bits]
 
 
 def decision_bytes(codec: Codec) -> int:
     """Of the decisions of one block."""
-    return max(codec.spec.head_dim, SEAM_STEPS) * _step_bytes(codec)
+    return max(codec.spec.head_dim, SEAM_STEPS) * 2048
 
 
 def encode_shared_bytes(codec: Codec) -> int:
     """Dynamic shared memory of a block."""
     code = _code(codec)
-    tile = TILE_STEPS[code.state_bits] * _step_bytes(codec)
-    work = 2 * 4 * ((1 << code.state_bits) + len(code.levels)) if code.state_bits == 8 else 0
-    return codec.spec.head_dim * 128 + tile + work + 2 * 4 * PAGE_TOKENS
+    words = 2 * 8 * (64 + 4) if code.state_bits == 6 else 16 * 64 + 2 * (256 + len(code.levels))
+    return codec.spec.head_dim * 128 + WARPS[code.state_bits] * 4 * words + 2 * 4 * PAGE_TOKENS
 
 
 @lru_cache(maxsize=64)
@@ -197,7 +212,7 @@ def launch_encoder(
         side.values = int(values)
         side.least_squares = int(its_codec.spec.scale == "least_squares")
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    blocks = min(params.items, BLOCKS_PER_MULTIPROCESSOR * multiprocessors)
+    blocks = min(params.items, BLOCKS[code.state_bits] * multiprocessors)
     # freed in stream order
     decisions = torch.empty(blocks * decision_bytes(codec), dtype=torch.uint8, device=device)
     params.decisions = decisions.data_ptr()
@@ -205,4 +220,4 @@ def launch_encoder(
     macros = encode_macros(codec, DTYPE_NAMES[first.dtype])
     function = kernel("trellis_encode.cu", "tqai_encode", macros, device, shared)
     stream = torch.cuda.current_stream(device).cuda_stream
-    function.launch(params, (blocks, 1), 32, shared, stream)
+    function.launch(params, (blocks, 1), encode_threads(codec), shared, stream)
