@@ -19,20 +19,34 @@ static inline void NAME(butterfly)(float *x, int half, int lanes) {
     memcpy(x + 3 * half * lanes, &d, sizeof d);
 }
 
+/* The last step where their number is odd. */
+static inline void NAME(last_step)(float *x, int half, int lanes) {
+    T a, b;
+    memcpy(&a, x, sizeof a);
+    memcpy(&b, x + half * lanes, sizeof b);
+    const T sum = a + b, difference = a - b;
+    memcpy(x, &sum, sizeof sum);
+    memcpy(x + half * lanes, &difference, sizeof difference);
+}
+
+/* Where all lanes are here, several dims that take the same step make a wide vector. */
 static inline void NAME(hadamard)(float *x, int dim, int lanes) {
     int half = 1;
-    for (; 4 * half <= dim; half *= 4)
-        for (int start = 0; start < dim; start += 4 * half)
-            for (int i = start; i < start + half; i++) NAME(butterfly)(x + i * lanes, half, lanes);
-    if (half == dim) return;
-    for (int i = 0; i < half; i++) {
-        T a, b;
-        memcpy(&a, x + i * lanes, sizeof a);
-        memcpy(&b, x + (i + half) * lanes, sizeof b);
-        const T sum = a + b, difference = a - b;
-        memcpy(x + i * lanes, &sum, sizeof sum);
-        memcpy(x + (i + half) * lanes, &difference, sizeof difference);
+    for (; 4 * half <= dim; half *= 4) {
+        const int several = lanes == W && half * W % VL == 0;
+        for (int start = 0; start < dim; start += 4 * half) {
+            float *at = x + start * lanes;
+            if (several)
+                for (int i = 0; i < half * W; i += VL) butterfly_wide(at + i, half, lanes);
+            else
+                for (int i = 0; i < half; i++) NAME(butterfly)(at + i * lanes, half, lanes);
+        }
     }
+    if (half == dim) return;
+    if (lanes == W && half * W % VL == 0)
+        for (int i = 0; i < half * W; i += VL) last_step_wide(x + i, half, lanes);
+    else
+        for (int i = 0; i < half; i++) NAME(last_step)(x + i * lanes, half, lanes);
 }
 
 /* x[i] *= by[i] * all: by is -1 or 1 and all is the same for every i, so the order does not matter. */
