@@ -172,12 +172,12 @@ __device__ __forceinline__ int way_back(const TrellisParams& p, const Lane& m, c
             const u32 k = word >> ((place & 1) * 16 + (place & 2) * 2 + m.half() * 8) & (CHOICES - 1);
             const int window = state * CHOICES + k;
             state = window & (STATES - 1);
-            if (final) {
+            if (final && m.lane < WARP_TOKENS) {
                 u16* at = m.half_at(tile * TILE_STEPS + i, m.token());
                 const float target = half_float(*at), level = __ldg(p.window_levels + window);
                 product = fmaf(target, level, product);
                 square = fmaf(level, level, square);
-                if (m.lane < WARP_TOKENS) *at = (u16)k;
+                *at = (u16)k;
             }
         }
     }

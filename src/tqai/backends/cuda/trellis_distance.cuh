@@ -23,7 +23,7 @@
 #define CEILING (65536 - CHOICES - MOST)  // a distance more, and a decision, are still below 2^16
 #define IS_HELD ((CROSSING + 2) * MOST > CEILING + MOST)  // sums to CEILING
 #define UNREACHABLE (IS_HELD ? CEILING : CROSSING * MOST + 256)
-#define UNIT (UNIT_EIGHTHS / 8.0f)
+#define UNIT (UNIT_SIXTEENTHS / 16.0f)
 #define OUTERMOST 127.0f  // level
 #define SHRINK sqrtf(UNIT / MOST)  // of targets and levels
 static_assert(MOST / CHOICES < 2048, "of halves below 2^-13 the bits are the number");

@@ -1,7 +1,7 @@
 // Pages of trellis codes from vectors: rotate, the Viterbi algorithm of core/viterbi.py, scale, pack. A block has the 64
 // tokens of one side of a page, each of its warps tokens t and t + 32 for a few t. The warps meet only to pack.
 //
-// Macros: HEAD_DIM, CODE_BITS, BITS_OF_STATE, HADAMARD_ROUNDS (0: a matrix), DTYPE (of the vectors); UNIT_EIGHTHS,
+// Macros: HEAD_DIM, CODE_BITS, BITS_OF_STATE, HADAMARD_ROUNDS (0: a matrix), DTYPE (of the vectors); UNIT_SIXTEENTHS,
 // MOST and BEYOND (see `trellis_distance.cuh`); INDEX_BITS of a level's index and ROW0 .. ROW6, the masks of the window
 // that make it (core/trellis_code.py); WARPS of a block (4 with 64 states) and BLOCKS on a multiprocessor; APART0 and
 // APART1 (see `trellis_circles.cuh`). DK, DV, BK, BV of device.cuh are not used but wanted.

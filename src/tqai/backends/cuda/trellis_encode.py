@@ -40,19 +40,19 @@ QUARTERS = {1: (1, 4), 2: (6, 8), 3: (1, 2), 4: (17, 34)}
 
 
 class Units(NamedTuple):
-    """Of distances: UNIT (eighths of it), MOST and BEYOND (levels) of the kernel."""
+    """Of distances: UNIT (in sixteenths), MOST and BEYOND (levels) of the kernel."""
 
-    eighths: int
+    sixteenths: int
     most: int
     beyond: int
 
 
 UNITS = {
-    6: {1: Units(1, 4080, 1000), 2: Units(4, 8160, 1000), 3: Units(20, 16000, 20), 4: Units(96, 32752, 10)},
-    8: {1: Units(1, 4064, 1000), 2: Units(4, 8144, 1000), 3: Units(20, 16000, 20), 4: Units(96, 32752, 10)},
+    6: {1: Units(1, 4080, 1000), 2: Units(8, 8160, 1000), 3: Units(40, 16000, 20), 4: Units(192, 32752, 10)},
+    8: {1: Units(1, 4064, 1000), 2: Units(8, 8144, 1000), 3: Units(40, 16000, 20), 4: Units(192, 32752, 10)},
 }
 """By bits of the state and of a code: as `trellis_distance.cuh` has room for. A larger unit is finer (4 bits:
-128 has 0.02 % less error than 96), a smaller one leaves room for targets far from most levels."""
+256 has 0.02 % less error than 192), a smaller one leaves room for targets far from most levels."""
 
 
 class Side(ctypes.Structure):
@@ -120,7 +120,7 @@ def less_levels(codec: Codec) -> list[int]:
     """`levels` of the kernel's parameters."""
     code = _code(codec)
     units = UNITS[code.state_bits][code.bits]
-    halves = (-code.levels * np.sqrt(units.eighths / 8 / units.most)).astype(np.float16)
+    halves = (-code.levels * np.sqrt(units.sixteenths / 16 / units.most)).astype(np.float16)
     return (halves.view(np.uint16).astype(np.uint32) * np.uint32(0x10001)).tolist()
 
 
@@ -134,7 +134,7 @@ def encode_macros(codec: Codec, dtype: str) -> dict[str, int]:
         "HEAD_DIM": spec.head_dim,
         "CODE_BITS": spec.bits,
         "BITS_OF_STATE": code.state_bits,
-        "UNIT_EIGHTHS": units.eighths,
+        "UNIT_SIXTEENTHS": units.sixteenths,
         "MOST": units.most,
         "BEYOND": units.beyond,
         "HADAMARD_ROUNDS": ROUNDS[spec.rotation],
