@@ -34,7 +34,7 @@ def steps_table(root: Path) -> str:
 
 def first_token_table(root: Path) -> str:
     """Time to the first token of a prompt that is alone."""
-    rows = read(root, "serve_gpu")["first_later"]
+    rows = read(root, "serve_gpu")["first"]["first"]
     found: dict[tuple[str, Any], dict[int, float]] = {}
     for row in rows:
         key = (row["kind"], row.get("chunk_tokens"))
@@ -80,8 +80,12 @@ def _load(rows: list[dict[str, Any]]) -> str:
             for name, digits in (("first_token_ms", 0), ("per_token_ms", 1))
         )
         lines.append(
-            f"| {row['requests']} of {row['prompt_tokens']:,} | {row['server']} "
+            f"| {row['requests']} of {row['prompt_tokens']:,} | {_named(row['server'])} "
             f"| {row['requests_per_second']:.2f} | {row['output_tokens_per_second']:.1f} "
             f"| {first} | {later} |"
         )
     return "\n".join(lines)
+
+
+def _named(server: str) -> str:
+    return server.replace("serve continuous", "serve --continuous-batching")
