@@ -2,10 +2,10 @@
 // Every segment (see `params.cuh`) is cut into gridDim.x equal stretches of pages, one for each block; exact
 // tokens go to the blocks in turn, 16 at a time. `attend_line.cu` is for work that this does not divide well.
 //
-// Within a block the warps take pages in turn, scalar codes each by way of its own ring of buffers (`stretch.cuh`), trellis
-// codes straight into registers (`trellis_stretch.cuh`). The block merges its warps. Then either the blocks of a segment are a cluster and read each other's shared
-// memory (macro CLUSTER 1; also for blocks that have a segment each), or all send their part to the last ones
-// through global memory (0).
+// Within a block the warps take pages in turn, scalar codes each by way of its own ring of buffers (`stretch.cuh`),
+// trellis codes straight into registers (`trellis_stretch.cuh`). The block merges its warps. Then either the blocks of
+// a segment are a cluster and read each other's shared memory (macro CLUSTER 1; also for blocks that have a segment
+// each), or all send their part to the last ones through global memory (0).
 //
 // A launch may begin while the one before it ends. `early` says that the addresses and pages were there
 // before that one began, so that copies may be under way by the time it is over; everything else is read

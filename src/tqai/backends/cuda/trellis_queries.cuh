@@ -1,10 +1,8 @@
-// The queries of a segment for trellis codes: rotated, as float32 in shared memory; each lane cuts what it needs
-// into a high and a low part.
+// The queries of a segment for trellis codes, rotated, in shared memory: for levels as bytes (`trellis_pairs.cuh`,
+// `trellis_split.cuh`, `trellis_parts.cuh`) as two int8 parts, else (`trellis_floats.cuh`) as float32, of which each lane
+// cuts what it needs into a high and a low part.
 //
 //     turned   [column][DK + 4], where the scalar codes' `qbytes` lie
-
-// or, for levels as bytes (`trellis_pairs.cuh`, `trellis_split.cuh`, `trellis_parts.cuh`), as two int8 parts:
-//
 //     qbytes   [2 * column + part][QBYTES_ROW], part 0 high; the bytes of a quarter as the keys' come
 
 #define TURNED_PITCH (DK + 4)
