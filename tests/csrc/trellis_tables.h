@@ -1,7 +1,11 @@
-/* trellis_tables.h: a trellis codec with random tables, for check_native.c. Every table that the kernels read is made
- * here from `rows` and `levels` alone, bit by bit as docs/format.md says.
+/* trellis_tables.h: a trellis codec with random tables (but for the rows of 4 bits), for check_native.c. Every table
+ * that the kernels read is made here from `rows` and `levels` alone, bit by bit as docs/format.md says.
  */
 #include "trellis.h"
+
+/* The rows of 4 bits are those of the format (`terms` of core/tables/trellis.json), of 64 and of 256 states: kernels
+ * have their shifts in them. */
+static const unsigned ROWS_OF_PARTS[2][7] = {{9, 18, 36, 72, 128, 272, 544}, {33, 66, 132, 264, 512, 1024, 2064}};
 
 static int parity(unsigned x) { return __builtin_parity(x); }
 
@@ -30,12 +34,13 @@ static int combine(const unsigned *basis, int count, unsigned *combined) {
     return 1;
 }
 
-/* A whole basis that begins with the given vectors; any other ones within `among` will do. */
-static int complete(unsigned *basis, int have, int bits, unsigned among, unsigned *combined) {
+/* A whole basis that begins with the given vectors: of 4 bits the single bits of an index follow, as kernels take the
+ * second part's for granted, else any will do. */
+static int complete(unsigned *basis, int have, int bits, unsigned *combined) {
     const int index_bits = TQAI_TRELLIS_INDEX_BITS(bits);
     if (!combine(basis, have, combined)) return 0;
     for (int tries = 0; have < index_bits && tries < 1000; tries++) {
-        basis[have] = (unsigned)below(1 << index_bits) & among;
+        basis[have] = bits == 4 && tries < index_bits ? 1u << tries : (unsigned)below(1 << index_bits);
         have += combine(basis, have + 1, combined);
     }
     return have == index_bits && combine(basis, have, combined);
@@ -49,7 +54,7 @@ static int nibbles_make(const unsigned *rows, const int8_t *levels, int bits, in
     int have = 0;
     for (int i = 0; i < 4 && direct >= 0; i++) basis[have++] = of_bit(rows, bits, state_bits, u, direct, i);
     if (!combine(basis, have, combined)) return 0;
-    if (!complete(basis, have, bits, bits == 4 ? 0x70 : 0x7F, combined)) return 0;
+    if (!complete(basis, have, bits, combined)) return 0;
     for (unsigned x = 0; x < 1u << index_bits; x++) {
         renamed[combined[x]] = x;
         nibble_levels[x] = levels[combined[x]];
@@ -72,7 +77,7 @@ static int place_make(const unsigned *rows, const int8_t *levels, int bits, int 
     unsigned basis[7] = {0}, combined[128], renamed[128], of[16];
     for (int i = 0; i < 16; i++) of[i] = i < bits * u || i >= bits * u + bits + state_bits ? 0 : index_of(rows, index_bits, 1u << (i - bits * u));
     for (int i = 0; i < direct; i++) basis[i] = of[(before ? bits * u : 8) + i];
-    if (!complete(basis, direct, bits, 0x7F, combined)) return 0;
+    if (!complete(basis, direct, bits, combined)) return 0;
     for (unsigned x = 0; x < 1u << index_bits; x++) {
         renamed[combined[x]] = x;
         place_levels[x] = levels[combined[x]];
@@ -99,8 +104,7 @@ static void trellis_make(tqai_codec *c, int bits) {
     for (int i = 0; i < 128; i++) levels[i] = (int8_t)(bits == 4 ? parts[i % 16] + parts[16 + i / 16] : below(255) - 127);
     for (int whole = 0; !whole;) {
         for (int j = 0; j < index_bits; j++) {
-            rows[j] = 1 + (unsigned)below((int)windows - 1);
-            if (j >= 4 && bits == 4) rows[j] &= ~7u; /* bits 0 to 2 of the nibble that maps to itself: of the first part alone */
+            rows[j] = bits == 4 ? ROWS_OF_PARTS[state_bits == 8][j] : 1 + (unsigned)below((int)windows - 1);
         }
         whole = 1;
         for (int u = 0; u < 8 && whole; u++)
