@@ -10,7 +10,8 @@
  *                      256: as | 6 5 4 - |: nibble 2, bit 0 of which does not count, ^ map of nibble 1
  *
  * as the terms of docs/format.md have it: nibble 0 is in no second index. Tables and maps are few enough for registers,
- * so that a page side goes through the cache once, into the buffers drawn there. With the products in the same loop the time is the same.
+ * so that a page side goes through the cache once, into the buffers drawn there. With the products in the same loop the
+ * time is the same.
  */
 typedef struct {
     __m256i to_first[3], to_second; /* of nibbles 1 and 2 (256 states), of nibble 1 */
